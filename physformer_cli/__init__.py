@@ -1,0 +1,1 @@
+"""The `physformer` command: parses, calls `physformer_core`, prints."""

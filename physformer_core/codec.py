@@ -1,0 +1,98 @@
+"""Between pictures and the field that the transformer works on: pixels themselves, or an autoencoder's latents."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from physformer_core.errors import CheckpointError, ConfigError
+
+
+class Codec(ABC):
+    """Field <-> picture.
+
+    Attributes:
+        name: As given to `load_codec`.
+        channels: Channels of the field.
+        factor: Pixels of the picture per element of the field, along one side.
+    """
+
+    name: str
+    channels: int
+    factor: int
+
+    @abstractmethod
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> field [B, channels, H / factor, W / factor]."""
+
+    @abstractmethod
+    def decode(self, field: Tensor) -> Tensor:
+        """Field -> pictures [B, 3, H, W] in [-1, 1]."""
+
+
+class PixelCodec(Codec):
+    """The field is the picture."""
+
+    name, channels, factor = "pixels", 3, 1
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return pictures
+
+    def decode(self, field: Tensor) -> Tensor:
+        return field.clamp(-1, 1)
+
+
+class AutoencoderCodec(Codec):
+    """Latents of a diffusers ``AutoencoderKL`` or ``AutoencoderTiny``, shifted and scaled to unit variance.
+
+    Args:
+        name: Folder or hub name.
+        model: The loaded autoencoder.
+    """
+
+    def __init__(self, name: str, model: torch.nn.Module) -> None:
+        self.name, self.model = name, model.eval().requires_grad_(False)
+        config = model.config
+        self.channels = config.latent_channels
+        blocks = config.get("down_block_types") or config.get("encoder_block_out_channels")
+        self.factor = 2 ** (len(blocks) - 1)
+        self.scale = float(config.get("scaling_factor") or 1.0)
+        self.shift = float(config.get("shift_factor") or 0.0)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        encoded = self.model.encode(pictures)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return (latents - self.shift) * self.scale
+
+    def decode(self, field: Tensor) -> Tensor:
+        return self.model.decode(field / self.scale + self.shift).sample.clamp(-1, 1)
+
+
+def load_codec(name: str = "pixels") -> Codec:
+    """``pixels``, or the folder or hub name of an autoencoder (a repository's ``vae`` subfolder is found).
+
+    Raises:
+        ConfigError: If the repository holds no known autoencoder.
+        CheckpointError: If it cannot be read.
+    """
+    if name == "pixels":
+        return PixelCodec()
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    reasons = []
+    for subfolder in ("", "vae"):
+        try:
+            config = AutoencoderKL.load_config(name, subfolder=subfolder or None)
+        except (OSError, ValueError) as error:
+            reasons.append(str(error).splitlines()[0])
+            continue
+        kind = config["_class_name"]
+        if kind not in classes:
+            raise ConfigError(f"'{name}' holds a {kind}", hint="known codecs: pixels, " + ", ".join(classes))
+        return AutoencoderCodec(name, classes[kind].from_pretrained(name, subfolder=subfolder or None))
+    where = "is empty or has no config.json" if Path(name).exists() else "is no folder, and the hub did not answer"
+    raise CheckpointError(f"cannot load codec '{name}': it {where} ({reasons[0]})", hint="'pixels' needs no download")

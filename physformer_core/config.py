@@ -1,0 +1,208 @@
+"""Configurations of models, flows and training: TOML presets, overridden key by key, checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from physformer_core.errors import ConfigError
+from physformer_core.flow.path import FlowPath, TimeDensity
+from physformer_core.flow.pyramid import Pyramid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Path, levels and training times.
+
+    Args:
+        path, prediction, end_margin: See `FlowPath`.
+        start_noise, coarse_noise: See `Pyramid`.
+        base_mean, base_std, fine_mean, fine_std: Logit-normal training times at level 0 and above.
+    """
+
+    path: str = "linear"
+    prediction: str = "sample"
+    end_margin: float = 0.05
+    start_noise: float = 0.25
+    coarse_noise: float = 0.05
+    base_mean: float = -0.6
+    base_std: float = 0.9
+    fine_mean: float = -0.3
+    fine_std: float = 1.2
+
+    def flow_path(self) -> FlowPath:
+        return FlowPath(name=self.path, prediction=self.prediction, end_margin=self.end_margin)  # type: ignore[arg-type]
+
+    def pyramid(self, patch_size: int) -> Pyramid:
+        return Pyramid(start_noise=self.start_noise, coarse_noise=self.coarse_noise, patch_size=patch_size)
+
+    def densities(self) -> tuple[TimeDensity, TimeDensity]:
+        """Training times at level 0 and at finer levels."""
+        return TimeDensity(mean=self.base_mean, std=self.base_std), TimeDensity(mean=self.fine_mean, std=self.fine_std)
+
+    def __post_init__(self) -> None:
+        self.flow_path()
+        self.pyramid(8)
+        self.densities()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a run trains.
+
+    Args:
+        steps: Optimizer steps.
+        batch_size: Examples per step.
+        crop_fraction: Share of steps on crops of finer levels; the others are whole level-0 pictures.
+        crop_size: Side of a training crop in pixels.
+        optimizer: ``muon`` or ``adamw``.
+        lr, muon_lr: Peak learning rates of AdamW and of Muon.
+        weight_decay, beta1, beta2: Of AdamW.
+        grad_clip: Largest gradient norm.
+        warmup_fraction: Share of steps of linear warm-up from a tenth of the peak; then a cosine to a tenth.
+        prompt_dropout: Share of prompts replaced by the learned null prompt.
+        ema_decay: Of the averaged weights.
+        dtype: Arithmetic: ``auto`` is bfloat16 where the hardware has it, float32 elsewhere. Weights are float32.
+        compile: Whether blocks are compiled.
+        checkpoint_every, keep_last, keep_every: Steps between checkpoints; how many of the last, and every
+            how many-th step, are kept (0: only the last).
+        validate_every, validation_batches: Steps between validations and batches in one.
+        log_every: Steps between log records.
+        seed: Of weights, data order, times and noise.
+    """
+
+    steps: int = 100_000
+    batch_size: int = 128
+    crop_fraction: float = 0.25
+    crop_size: int = 64
+    optimizer: str = "muon"
+    lr: float = 6e-4
+    muon_lr: float = 1e-3
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    grad_clip: float = 1.0
+    warmup_fraction: float = 0.05
+    prompt_dropout: float = 0.1
+    ema_decay: float = 0.999
+    dtype: str = "auto"
+    compile: bool = True
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    keep_every: int = 0
+    validate_every: int = 500
+    validation_batches: int = 4
+    log_every: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "keep_last", "validate_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("crop_fraction", "prompt_dropout", "warmup_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be within 0 and 1, not {getattr(self, name)}")
+        if not 0 < self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be within 0 and 1, not {self.ema_decay}")
+        if self.lr <= 0 or self.muon_lr <= 0 or self.grad_clip <= 0:
+            raise ConfigError("lr, muon_lr and grad_clip must be above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a training run, apart from its data.
+
+    Args:
+        model: Arguments of `PhysFormerTransformer2DModel`.
+        flow: Path, levels, times.
+        training: Optimisation.
+    """
+
+    model: dict[str, Any]
+    flow: FlowConfig
+    training: TrainConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """As nested plain values, for manifests."""
+        return {
+            "model": dict(self.model),
+            "flow": dataclasses.asdict(self.flow),
+            "training": dataclasses.asdict(self.training),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str) -> RunConfig:
+        """Builds and checks a configuration.
+
+        Raises:
+            ConfigError: For unknown tables or keys, wrong types, or values out of range; names ``source``.
+        """
+        unknown = set(values) - {"model", "flow", "training"}
+        if unknown:
+            raise ConfigError(f"{source}: unknown table [{sorted(unknown)[0]}]", hint="[model], [flow] or [training]")
+        from physformer_core.model.transformer import PhysFormerTransformer2DModel
+
+        signature = inspect.signature(PhysFormerTransformer2DModel.__init__)
+        allowed = {name: p.default for name, p in signature.parameters.items() if name != "self"}
+        model = dict(values.get("model", {}))
+        _check_keys(model, allowed, f"{source}: [model]")
+        flow = dict(values.get("flow", {}))
+        training = dict(values.get("training", {}))
+        _check_keys(flow, _defaults(FlowConfig), f"{source}: [flow]")
+        _check_keys(training, _defaults(TrainConfig), f"{source}: [training]")
+        return cls(model=model, flow=FlowConfig(**flow), training=TrainConfig(**training))
+
+    def override(self, table: str, **values: Any) -> RunConfig:
+        """A copy with some keys of one table replaced; None leaves a key as it is."""
+        merged = self.to_dict()
+        merged[table].update({key: value for key, value in values.items() if value is not None})
+        return RunConfig.from_dict(merged, "options")
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    folder = resources.files("physformer_core") / "presets"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_preset(name: str) -> RunConfig:
+    """Reads a preset by name, or a TOML file of the same form by path.
+
+    Raises:
+        ConfigError: If there is none, or it does not parse or check.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"no configuration file '{name}'", hint="or a preset: " + ", ".join(preset_names()))
+        text = path.read_text(encoding="utf-8")
+    else:
+        if name not in preset_names():
+            raise ConfigError(f"unknown preset '{name}'", hint="one of " + ", ".join(preset_names()))
+        text = (resources.files("physformer_core") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return RunConfig.from_dict(values, name)
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(cls)}
+
+
+def _check_keys(values: Mapping[str, Any], allowed: Mapping[str, Any], where: str) -> None:
+    for key, value in values.items():
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            raise ConfigError(f"{where}: unknown key '{key}'", hint=f"did you mean '{near[0]}'?" if near else None)
+        kind = type(allowed[key])
+        is_number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+        if not is_number and type(value) is not kind:
+            raise ConfigError(f"{where}: '{key}' must be {kind.__name__}, not {value!r}")

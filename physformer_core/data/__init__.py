@@ -1,0 +1,1 @@
+"""Data: sources of captioned pictures, preprocessing and loading."""

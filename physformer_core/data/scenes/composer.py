@@ -1,0 +1,561 @@
+"""From a number to a picture with captions: chooses what is shown and lays it out.
+
+The same ``(seed, index)`` gives the same scene on every machine, whatever else was composed before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from random import Random
+
+from physformer_core.data.scenes.backdrops import draw_place, draw_plain
+from physformer_core.data.scenes.captions import Description, write_captions
+from physformer_core.data.scenes.casting import (
+    background_for,
+    paint_of,
+    pick,
+    pick_captive,
+    pick_concept,
+    pick_pair,
+    pick_time,
+    places_of,
+)
+from physformer_core.data.scenes.concepts import Concept, art_markup, art_shape, concept_named, load_concepts
+from physformer_core.data.scenes.objects import Frame, cage, shadow
+from physformer_core.data.scenes.painter import COLOURS, Backdrop, ellipse, mix, n
+from physformer_core.errors import DataError
+
+SHORT_SIDE = 1000.0
+"""Shorter side of a scene in nominal units."""
+
+ASPECTS: dict[str, float] = {
+    "1:1": 0.45,
+    "16:9": 0.25,
+    "4:3": 0.08,
+    "3:4": 0.07,
+    "9:16": 0.07,
+    "21:9": 0.04,
+    "9:21": 0.04,
+}
+"""Width : height, and how often it is drawn."""
+
+KINDS: dict[str, float] = {"single": 0.42, "setting": 0.24, "pair": 0.20, "place": 0.09, "prompt": 0.05}
+"""What a scene shows: one thing on a plain colour, one thing in a place, two things, a place alone,
+or a familiar prompt."""
+
+RELATIONS: dict[str, float] = {
+    "in": 0.34, "next to": 0.22, "on": 0.12, "over": 0.10, "under": 0.09, "in front of": 0.08, "behind": 0.05,
+}  # fmt: skip
+
+FAMILIAR_PROMPTS = (
+    "a bird in a cage",
+    "a photo of a cat",
+    "a red car on a city street",
+    "a beautiful sunset over the ocean",
+    "a dragon flying over mountains",
+    "a painting of a mountain landscape",
+    "a futuristic city at sunset",
+)
+"""Compositions that people ask for most; each has its own share of the scenes."""
+
+PLACE_ALONE: dict[str, float] = {
+    "ocean": 3, "mountains": 3, "futuristic city": 2.5, "city": 1.5, "street": 2, "sky": 2, "beach": 1.5, "forest": 1.5,
+    "grass": 1, "desert": 1, "snow": 1, "space": 1, "room": 0.6, "underwater": 0.8, "table": 0.3,
+}  # fmt: skip
+
+_AIRBORNE = ("air", "sky", "space")
+_FORMAT = "physformer-scenes/1"
+
+
+@dataclass(frozen=True)
+class PlacedSubject:
+    """Something drawn in a scene.
+
+    Attributes:
+        concept: Its name in ``concepts.toml``, or "cage".
+        role: "subject" or "object".
+        box: Top, left, bottom and right edge as shares of the picture, 0 to 1.
+        colour: Colour it was painted in, ``None`` for its own.
+    """
+
+    concept: str
+    role: str
+    box: tuple[float, float, float, float]
+    colour: str | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture with captions.
+
+    Attributes:
+        key: Unique name of the scene within a seed.
+        width: Nominal width in units; the shorter side is 1000.
+        height: Nominal height.
+        svg: Self-contained SVG document with ``viewBox="0 0 width height"``.
+        captions: Two captions.
+        subjects: What is drawn, the main subject first.
+        relation: How the subject stands to the object: "in", "over", "under", "on", "next to", "in front of", "behind".
+        place: Setting, ``None`` for a plain background.
+        time: Time of day, ``None`` for a plain background.
+        background: Plain background colour.
+    """
+
+    key: str
+    width: int
+    height: int
+    svg: str
+    captions: tuple[str, ...]
+    subjects: tuple[PlacedSubject, ...]
+    relation: str | None
+    place: str | None
+    time: str | None
+    background: str | None = None
+
+    @property
+    def class_label(self) -> int | None:
+        """Position of the main subject in the list of concepts."""
+        if not self.subjects:
+            return None
+        return load_concepts().index(concept_named(self.subjects[0].concept))
+
+    def meta(self) -> dict[str, object]:
+        """What is needed to judge a drawing of the same caption, ready for JSON."""
+        facts = {"relation": self.relation, "place": self.place, "time": self.time, "background": self.background}
+        return {"subjects": [asdict(subject) for subject in self.subjects], **facts}
+
+    def meta_json(self) -> str:
+        return json.dumps(self.meta(), sort_keys=True)
+
+
+class _Stage:
+    """Collects markup and boxes while a scene is laid out."""
+
+    def __init__(self, random: Random, width: float, height: float) -> None:
+        self.random, self.width, self.height = random, width, height
+        self.short = min(width, height)
+        self.parts: list[str] = []
+        self.subjects: list[PlacedSubject] = []
+        self.backdrop = Backdrop("", 1.0, None, (255.0, 255.0, 255.0))
+        self.description = Description()
+
+    def set_place(self, place: str, time: str, *, lights: bool = True) -> None:
+        self.backdrop = draw_place(place, time, self.width, self.height, self.random, lights=lights)
+        self.parts.append(self.backdrop.svg)
+        self.description = replace(self.description, place=place, time=time)
+
+    def set_plain(self, colour: str) -> None:
+        self.backdrop = draw_plain(colour, self.width, self.height)
+        self.parts.append(self.backdrop.svg)
+        self.description = replace(self.description, background=colour)
+
+    def base_line(self, share: float = 0.5) -> float:
+        """Height at which feet stand: ``share`` 0 is far, 1 is near. Lower in the picture the wider it is."""
+        far, near = self.backdrop.ground or (0.7, 0.86)
+        line = (far + (near - far) * share) * self.height
+        # In a tall picture things in the middle, not on the lower edge.
+        return line if self.height <= 1.4 * self.width else max(far * self.height, min(line, 0.84 * self.height))
+
+    def frame_of(
+        self, concept: Concept, size: float, x: float, *, bottom: float | None = None, y: float | None = None
+    ) -> Frame:
+        """Box of a concept whose longer side is ``size``, centred on x, with its bottom or its centre at a height."""
+        shape = art_shape(concept.art)
+        scale = size / max(shape.width, shape.height)
+        w, h = shape.width * scale, shape.height * scale
+        top = bottom - h if bottom is not None else (self.height / 2 if y is None else y) - h / 2
+        return Frame(x - w / 2, top, x + w / 2, top + h)
+
+    def inside(self, frame: Frame, margin: float = 18.0) -> Frame:
+        """The frame, moved so that it lies in the picture."""
+        dx = max(margin - frame.left, 0.0) + min(self.width - margin - frame.right, 0.0)
+        dy = max(margin - frame.top, 0.0) + min(self.height - margin - frame.bottom, 0.0)
+        return Frame(frame.left + dx, frame.top + dy, frame.right + dx, frame.bottom + dy)
+
+    def draw(
+        self,
+        concept: Concept,
+        frame: Frame,
+        role: str,
+        *,
+        colour: str | None = None,
+        flip: bool | None = None,
+        grounded: bool = False,
+    ) -> None:
+        """Draws a concept into a frame that has its proportions."""
+        shape = art_shape(concept.art)
+        scale = frame.width / shape.width
+        if flip is None:
+            flip = concept.lives not in ("building", "sky", "thing") and self.random.random() < 0.3
+        x = frame.right + shape.left * scale if flip else frame.left - shape.left * scale
+        y = frame.top - shape.top * scale
+        if grounded:
+            self.parts.append(
+                shadow((frame.left + frame.right) / 2, frame.bottom - 0.012 * frame.height, frame.width * 0.46)
+            )
+        markup = art_markup(concept.art)
+        if colour is not None:
+            main, *darker = concept.paint[1:]
+            markup = re.sub(re.escape(main), COLOURS[colour], markup, flags=re.IGNORECASE)
+            for fill in darker:
+                markup = re.sub(re.escape(fill), mix(COLOURS[colour], "#000000", 0.25), markup, flags=re.IGNORECASE)
+        mirrored = f"{-scale:.4f} {scale:.4f}" if flip else f"{scale:.4f}"
+        self.parts.append(f'<g transform="translate({n(x)} {n(y)}) scale({mirrored})">{markup}</g>')
+        self.note(concept.name, role, frame, colour)
+
+    def note(self, name: str, role: str, frame: Frame, colour: str | None = None) -> None:
+        """Records what was drawn where."""
+        edges = (frame.top / self.height, frame.left / self.width, frame.bottom / self.height, frame.right / self.width)
+        top, left, bottom, right = (round(min(max(edge, 0.0), 1.0), 4) for edge in edges)
+        self.subjects.append(PlacedSubject(name, role, (top, left, bottom, right), colour))
+
+    def scene(self, key: str) -> Scene:
+        width, height = round(self.width), round(self.height)
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{"".join(self.parts)}</svg>'
+        about = self.description
+        captions = write_captions(about, self.random)
+        return Scene(
+            key,
+            width,
+            height,
+            svg,
+            captions,
+            tuple(self.subjects),
+            about.relation,
+            about.place,
+            about.time,
+            about.background,
+        )
+
+
+def _single(stage: _Stage, concept: Concept, colour: str | None = None) -> None:
+    """One large thing on a plain colour."""
+    random = stage.random
+    stage.set_plain(background_for(random, concept, colour))
+    size = stage.short * random.uniform(0.58, 0.86)
+    loose_x, loose_y = (
+        max(0.05 * stage.width, 0.22 * (stage.width - stage.short)),
+        max(0.04 * stage.height, 0.2 * (stage.height - stage.short)),
+    )
+    x = stage.width / 2 + random.uniform(-loose_x, loose_x)
+    y = stage.height / 2 + random.uniform(-loose_y, loose_y)
+    grounded = (
+        concept.lives in ("land", "thing", "plant", "road", "building", "ground", "person") and random.random() < 0.5
+    )
+    stage.draw(
+        concept, stage.inside(stage.frame_of(concept, size, x, y=y), 30), "subject", colour=colour, grounded=grounded
+    )
+    stage.description = replace(stage.description, subject=concept, subject_colour=colour)
+
+
+def _in_place(stage: _Stage, concept: Concept, place: str, time: str, colour: str | None = None) -> None:
+    """One thing where it belongs: on the ground, in the air, on the water."""
+    random = stage.random
+    stage.set_place(place, time, lights=concept.lives != "sky")
+    flying = concept.lives in _AIRBORNE and place != "space"
+    size = stage.short * random.uniform(0.46, 0.68)
+    x = stage.width / 2 + random.uniform(-0.5, 0.5) * (0.2 * stage.short + 0.45 * (stage.width - stage.short))
+    if flying and place not in ("sky", "room"):
+        low = max(0.24, min(stage.backdrop.horizon, 0.8) * 0.5)
+        frame = stage.frame_of(concept, size * 0.94, x, y=random.uniform(0.85, 1.1) * low * stage.height)
+    elif stage.backdrop.ground is None or flying:
+        frame = stage.frame_of(concept, size * 1.1, x, y=random.uniform(0.42, 0.56) * stage.height)
+    else:
+        frame = stage.frame_of(concept, size, x, bottom=stage.base_line(random.uniform(0.35, 1.0)))
+    frame = stage.inside(frame, 30)
+    afloat = place == "ocean" and not flying
+    standing = not flying and stage.backdrop.ground is not None and not afloat
+    stage.draw(concept, frame, "subject", colour=colour, grounded=standing)
+    if afloat:
+        _ripples(stage, frame)
+    stage.description = replace(stage.description, subject=concept, subject_colour=colour, flying=flying)
+
+
+def _ripples(stage: _Stage, frame: Frame) -> None:
+    """Water along the lower edge of something that floats."""
+    r, g, b = (round(part) for part in stage.backdrop.colour)
+    sea = f"#{r:02x}{g:02x}{b:02x}"
+    x, y = (frame.left + frame.right) / 2, frame.bottom
+    stage.parts.append(ellipse(x, y + 8, frame.width * 0.6, 24, sea))
+    stage.parts.append(ellipse(x, y + 2, frame.width * 0.5, 9, mix(sea, "#ffffff", 0.5), 0.85))
+
+
+def _caged(stage: _Stage, concept: Concept, colour: str | None = None) -> None:
+    """One thing in a cage, on a plain colour, in a room, on a table or on the grass."""
+    random = stage.random
+    place = pick(random, {"plain": 6.0, "room": 1.5, "grass": 1.5, "table": 1.0})
+    pale = sum(art_shape(concept.art).colour) > 600 or colour == "white"
+    if place == "plain" or pale:  # a pale subject vanishes against a pale wall
+        place = "plain"
+        stage.set_plain(background_for(random, concept, colour))
+    else:
+        stage.set_place(place, "day")
+    tall = stage.short * random.uniform(0.8, 0.93)
+    wide = tall * random.uniform(0.76, 0.9)
+    loose = max(0.04 * stage.width, 0.3 * (stage.width - stage.short))
+    x = stage.width / 2 + random.uniform(-loose, loose)
+    bottom = (stage.height + tall) / 2 if place == "plain" else stage.base_line(1.0)
+    outer = stage.inside(Frame(x - wide / 2, bottom - tall, x + wide / 2, bottom), 20)
+    behind, front = cage(outer, random, avoid=stage.backdrop.colour)
+    stage.parts += [shadow((outer.left + outer.right) / 2, outer.bottom - 6, wide * 0.54), behind]
+    shape = art_shape(concept.art)
+    room_w, room_h = wide * 0.8, tall * 0.58
+    size = max(shape.width, shape.height) * min(room_w / shape.width, room_h / shape.height) * random.uniform(0.86, 1.0)
+    frame = stage.frame_of(concept, size, (outer.left + outer.right) / 2, bottom=outer.bottom - tall * 0.095)
+    if concept.lives in _AIRBORNE:
+        frame = Frame(frame.left, frame.top - tall * 0.05, frame.right, frame.bottom - tall * 0.05)
+    stage.draw(concept, frame, "subject", colour=colour)
+    stage.parts.append(front)
+    stage.note("cage", "object", outer)
+    stage.description = replace(stage.description, subject=concept, subject_colour=colour, relation="in", other="cage")
+
+
+def _pair(stage: _Stage, relation: str, subject: Concept, other: Concept) -> None:
+    """Two things, in a place that suits both or on a plain colour."""
+    random = stage.random
+    indoor = {"thing"} & {subject.lives, other.lives}
+    if random.random() < 0.4:
+        stage.set_plain(_shared_background(random, subject, other))
+    elif other.lives == "surface":
+        stage.set_place("ocean", pick_time(random, subject, "ocean"))
+    else:
+        place = pick(
+            random, {"room": 2.0, "grass": 1.0} if indoor else {"grass": 5.0, "desert": 0.7, "snow": 0.7, "beach": 0.7}
+        )
+        outside = {"sky"} & {subject.lives, other.lives}
+        place = "grass" if outside and place == "room" else place
+        anchor = other if other.lives == "sky" else subject
+        stage.set_place(place, pick_time(random, anchor, place), lights=not outside)
+    _LAYOUTS[relation](stage, subject, other)
+    if other.lives == "surface" and stage.description.place == "ocean":
+        _ripples(stage, _frame_back(stage, next(placed for placed in stage.subjects if placed.role == "object")))
+    stage.subjects.sort(key=lambda placed: placed.role != "subject")
+    stage.description = replace(stage.description, subject=subject, relation=relation, other=other)
+
+
+def _frame_back(stage: _Stage, placed: PlacedSubject) -> Frame:
+    top, left, bottom, right = placed.box
+    return Frame(left * stage.width, top * stage.height, right * stage.width, bottom * stage.height)
+
+
+def _shared_background(random: Random, first: Concept, second: Concept) -> str:
+    """A plain colour that sets off both."""
+    for _ in range(12):
+        colour = background_for(random, first, None)
+        own = art_shape(second.art).colour
+        red, green, blue = (int(COLOURS[colour][i : i + 2], 16) for i in (1, 3, 5))
+        if abs(red - own[0]) + abs(green - own[1]) + abs(blue - own[2]) > 140:
+            return colour
+    return "white" if sum(art_shape(second.art).colour) < 500 else "green"
+
+
+def _sizes(first: Concept, second: Concept, floor: float = 0.5) -> tuple[float, float]:
+    """Relative sizes: the larger is 1; the smaller follows its size class, but never below ``floor``."""
+    ratio = 1.26 ** (first.size - second.size)
+    return (1.0, max(floor, 1 / ratio)) if ratio >= 1 else (max(floor, ratio), 1.0)
+
+
+def _side_by_side(stage: _Stage, subject: Concept, other: Concept) -> None:
+    random = stage.random
+    a, b = _sizes(subject, other)
+    unit_a, unit_b = stage.frame_of(subject, a, 0), stage.frame_of(other, b, 0)
+    gap = 0.06
+    scale = min(
+        0.92 * stage.width / (unit_a.width + unit_b.width + gap), 0.66 * stage.short * random.uniform(0.88, 1.05)
+    )
+    total = scale * (unit_a.width + unit_b.width + gap)
+    slack = max(stage.width - total - 40, 0) / 2
+    left = (stage.width - total) / 2 + random.uniform(-0.5, 0.5) * slack
+    pair = [(subject, "subject", unit_a, a), (other, "object", unit_b, b)]
+    if random.random() < 0.5:
+        pair.reverse()
+    base = stage.base_line(0.8) if stage.description.place else stage.height / 2 + 0.3 * stage.short
+    for concept, role, unit, size in pair:
+        width = unit.width * scale
+        frame = stage.frame_of(concept, size * scale, left + width / 2, bottom=base)
+        stage.draw(concept, stage.inside(frame), role, grounded=True)
+        left += width + gap * scale
+
+
+def _over(stage: _Stage, subject: Concept, other: Concept) -> None:
+    _stack(stage, upper=(subject, "subject"), lower=(other, "object"))
+
+
+def _under(stage: _Stage, subject: Concept, other: Concept) -> None:
+    if other.name in ("tree", "palm tree"):
+        base = stage.base_line(0.8) if stage.description.place else 0.5 * stage.height + 0.42 * stage.short
+        x = stage.width / 2 + stage.random.uniform(-0.1, 0.1) * stage.width
+        tree = stage.inside(stage.frame_of(other, 0.9 * stage.short, x, bottom=base))
+        stage.draw(other, tree, "object", grounded=True)
+        side = stage.random.choice([-1, 1]) * 0.16 * stage.short
+        small = stage.frame_of(
+            subject, 0.38 * stage.short, (tree.left + tree.right) / 2 + side, bottom=tree.bottom + 0.02 * stage.short
+        )
+        stage.draw(subject, stage.inside(small), "subject", grounded=True)
+        return
+    _stack(stage, upper=(other, "object"), lower=(subject, "subject"))
+
+
+def _stack(stage: _Stage, *, upper: tuple[Concept, str], lower: tuple[Concept, str]) -> None:
+    """One thing above another, with air between them."""
+    random = stage.random
+    height = min(stage.height, 1.45 * stage.short)
+    middle = stage.width / 2 + random.uniform(-0.5, 0.5) * (0.08 * stage.short + 0.5 * (stage.width - stage.short))
+    base = stage.base_line(0.9) if stage.description.place else (stage.height + height) / 2 - 0.06 * height
+    low = stage.inside(stage.frame_of(lower[0], random.uniform(0.44, 0.5) * stage.short, middle, bottom=base))
+    room = low.top - max(base - height, 0.0)
+    high_unit = stage.frame_of(upper[0], 1.0, 0)
+    size = min(random.uniform(0.36, 0.44) * stage.short, 0.88 * room / high_unit.height)
+    x = middle + random.uniform(-0.1, 0.1) * stage.short
+    high = stage.inside(stage.frame_of(upper[0], size, x, bottom=low.top - 0.03 * stage.short), 10)
+    stage.draw(lower[0], low, lower[1], grounded=lower[0].lives != "surface")
+    stage.draw(upper[0], high, upper[1])
+
+
+def _on_top(stage: _Stage, subject: Concept, other: Concept) -> None:
+    random = stage.random
+    base = stage.base_line(0.9) if stage.description.place else stage.height / 2 + 0.4 * stage.short
+    x = stage.width / 2 + random.uniform(-0.5, 0.5) * (0.08 * stage.short + 0.5 * (stage.width - stage.short))
+    support = stage.inside(stage.frame_of(other, 0.58 * stage.short, x, bottom=base))
+    flip = random.random() < 0.3
+    shape = art_shape(other.art)
+    scale = support.width / shape.width
+    columns = [round((shape.left + share * shape.width) * 2) for share in (0.42, 0.46, 0.5, 0.54, 0.58)]
+    heights = sorted(shape.surface[min(column, 71)] for column in columns)
+    surface = support.top + (heights[2] - shape.top) * scale
+    unit = stage.frame_of(subject, 1.0, 0)
+    size = min(0.42 * stage.short, (surface - 20) / unit.height)
+    small = stage.frame_of(subject, size, (support.left + support.right) / 2, bottom=surface + 0.012 * stage.short)
+    stage.draw(other, support, "object", flip=flip, grounded=other.lives != "surface")
+    stage.draw(subject, stage.inside(small, 8), "subject")
+
+
+def _in_front(stage: _Stage, subject: Concept, other: Concept) -> None:
+    random = stage.random
+    base = stage.base_line(0.75) if stage.description.place else stage.height / 2 + 0.38 * stage.short
+    x = stage.width / 2 + random.uniform(-0.5, 0.5) * 0.5 * (stage.width - stage.short)
+    big = stage.inside(stage.frame_of(other, 0.8 * stage.short, x, bottom=base - 0.07 * stage.short))
+    side = random.choice([-1, 1]) * random.uniform(0.1, 0.2) * stage.short
+    small = stage.frame_of(
+        subject, 0.4 * stage.short, (big.left + big.right) / 2 + side, bottom=big.bottom + 0.08 * stage.short
+    )
+    stage.draw(other, big, "object", grounded=True)
+    stage.draw(subject, stage.inside(small), "subject", grounded=True)
+
+
+def _behind(stage: _Stage, subject: Concept, other: Concept) -> None:
+    random = stage.random
+    base = stage.base_line(0.95) if stage.description.place else stage.height / 2 + 0.38 * stage.short
+    x = stage.width / 2 + random.uniform(-0.5, 0.5) * 0.5 * (stage.width - stage.short)
+    back = stage.inside(stage.frame_of(subject, 0.62 * stage.short, x, bottom=base - 0.12 * stage.short))
+    side = random.choice([-1, 1]) * random.uniform(0.14, 0.2) * stage.short
+    front = stage.frame_of(
+        other, 0.42 * stage.short, (back.left + back.right) / 2 + side, bottom=back.bottom + 0.11 * stage.short
+    )
+    stage.draw(subject, back, "subject", grounded=True)
+    stage.draw(other, stage.inside(front), "object", grounded=True)
+
+
+_LAYOUTS = {
+    "next to": _side_by_side,
+    "over": _over,
+    "under": _under,
+    "on": _on_top,
+    "in front of": _in_front,
+    "behind": _behind,
+}
+
+
+def _familiar(stage: _Stage) -> None:
+    """One of the compositions that people ask for most, with their words as its first caption."""
+    prompt = stage.random.choice(FAMILIAR_PROMPTS)
+    if prompt == "a bird in a cage":
+        _caged(stage, concept_named("bird"))
+    elif prompt == "a photo of a cat":
+        cat = concept_named("cat")
+        if stage.random.random() < 0.6:
+            _single(stage, cat)
+        else:
+            _in_place(stage, cat, pick(stage.random, {"grass": 1.0, "room": 1.0}), "day")
+    elif prompt == "a red car on a city street":
+        _in_place(
+            stage, concept_named("car"), "street", pick(stage.random, {"day": 0.7, "sunset": 0.15, "night": 0.15})
+        )
+    elif prompt == "a dragon flying over mountains":
+        _in_place(
+            stage, concept_named("dragon"), "mountains", pick(stage.random, {"day": 0.6, "sunset": 0.3, "night": 0.1})
+        )
+    else:
+        place = next(
+            place
+            for word, place in (("ocean", "ocean"), ("mountain", "mountains"), ("futuristic", "futuristic city"))
+            if word in prompt
+        )
+        time = "sunset" if "sunset" in prompt else pick(stage.random, {"day": 0.7, "sunset": 0.3})
+        stage.set_place(place, time)
+    stage.description = replace(stage.description, prompt=prompt)
+
+
+def compose_scene(
+    seed: int,
+    index: int,
+    *,
+    aspect: float | None = None,
+    kind: str | None = None,
+    relation: str | None = None,
+    place: str | None = None,
+    time: str | None = None,
+    concept: str | None = None,
+) -> Scene:
+    """Composes the scene of a number.
+
+    Args:
+        seed: Number of the collection.
+        index: Number of the scene within it, from 0.
+        aspect: Width divided by height, drawn from :data:`ASPECTS` by default.
+        kind: One of :data:`KINDS`, drawn by default.
+        relation: One of :data:`RELATIONS`; makes the kind "pair".
+        place: Setting of a "setting" or "place" scene.
+        time: Time of day of a "setting" or "place" scene.
+        concept: Main subject of a "single" or "setting" scene, or of a scene with a cage.
+
+    Raises:
+        DataError: If an option is unknown or doesn't go with the kind.
+    """
+    random = Random(int.from_bytes(hashlib.sha256(f"{_FORMAT}:{seed}:{index}".encode()).digest(), "big"))
+    drawn_aspect = pick(random, ASPECTS)
+    drawn_kind = pick(random, KINDS)
+    if aspect is None:
+        across, down = drawn_aspect.split(":")
+        aspect = int(across) / int(down)
+    if not 0.1 <= aspect <= 10:
+        raise DataError(f"aspect {aspect} is not between 0.1 and 10")
+    kind = "pair" if relation else (kind or drawn_kind)
+    if kind not in KINDS or (relation and relation not in RELATIONS):
+        raise DataError(f"unknown kind {kind!r} or relation {relation!r}", hint=f"kinds: {', '.join(KINDS)}")
+    width, height = (SHORT_SIDE * aspect, SHORT_SIDE) if aspect >= 1 else (SHORT_SIDE, SHORT_SIDE / aspect)
+    stage = _Stage(random, float(round(width)), float(round(height)))
+    chosen = concept_named(concept) if concept else None
+    if kind == "single":
+        subject = chosen or pick_concept(random)
+        _single(stage, subject, paint_of(random, subject))
+    elif kind == "setting":
+        subject = chosen or pick_concept(random)
+        where = place or pick(random, places_of(subject))
+        _in_place(stage, subject, where, time or pick_time(random, subject, where), paint_of(random, subject))
+    elif kind == "pair":
+        how = relation or pick(random, RELATIONS)
+        if how == "in":
+            subject = chosen or pick_captive(random)
+            _caged(stage, subject, paint_of(random, subject))
+        else:
+            _pair(stage, how, *pick_pair(random, how))
+    elif kind == "place":
+        where = place or pick(random, PLACE_ALONE)
+        stage.set_place(where, time or pick_time(random, None, where))
+    else:
+        _familiar(stage)
+    return stage.scene(f"scene-{seed}-{index:08d}")

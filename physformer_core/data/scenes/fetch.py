@@ -1,0 +1,154 @@
+"""Writes a RAW set of composed scenes: parquet files of SVG documents with captions, and a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+from physformer_core.data.scenes.composer import compose_scene
+from physformer_core.errors import DataError
+from physformer_core.files import atomic_write, sha256_file
+
+RAW_FORMAT = "physformer-raw/1"
+
+SCENES_VERSION = 1
+"""Raised whenever the same seed gives other pictures or captions, so that stale sets are told apart."""
+
+LICENSE = "CC-BY-4.0"
+ATTRIBUTION = (
+    "Graphics: Twemoji, copyright 2014-2023 Twitter, Inc and other contributors, CC-BY 4.0; "
+    "composed into scenes by PhysFormer."
+)
+
+ROWS_PER_FILE = 2000
+
+
+def _write_file(job: tuple[str, int, int, int, float | None]) -> tuple[str, int]:
+    """Composes the scenes of one file and writes it. Top-level, because worker processes call it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, seed, start, stop, aspect = job
+    scenes = [compose_scene(seed, index, aspect=aspect) for index in range(start, stop)]
+    table = pa.table(
+        {
+            "key": pa.array([scene.key for scene in scenes], pa.string()),
+            "svg": pa.array([scene.svg for scene in scenes], pa.large_string()),
+            "image": pa.nulls(len(scenes), pa.binary()),
+            "width": pa.array([scene.width for scene in scenes], pa.int32()),
+            "height": pa.array([scene.height for scene in scenes], pa.int32()),
+            "captions": pa.array([list(scene.captions) for scene in scenes], pa.list_(pa.string())),
+            "class_label": pa.array([scene.class_label for scene in scenes], pa.int32()),
+            "meta": pa.array([scene.meta_json() for scene in scenes], pa.string()),
+        }
+    )
+    with atomic_write(Path(path)) as temporary:
+        pq.write_table(table, temporary, compression="zstd", compression_level=6)
+    return path, len(scenes)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_suffix(".done.json")
+
+
+def _finished(path: Path, job: tuple[str, int, int, int, float | None]) -> bool:
+    """Whether an earlier run wrote this very file completely."""
+    sidecar = _sidecar(path)
+    if not (path.exists() and sidecar.exists()):
+        return False
+    note = json.loads(sidecar.read_text("utf-8"))
+    return note["job"] == [SCENES_VERSION, *job[1:]] and note["sha256"] == sha256_file(path)
+
+
+def fetch_scenes(
+    output_dir: str | Path,
+    *,
+    count: int,
+    seed: int,
+    aspect: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,
+    rows_per_file: int = ROWS_PER_FILE,
+) -> dict[str, object]:
+    """Composes scenes and writes them as a RAW set.
+
+    A run that was interrupted goes on where it stopped. The files don't depend on ``workers``.
+
+    Args:
+        output_dir: Folder of the set; made if missing.
+        count: How many scenes.
+        seed: Number of the collection.
+        aspect: Width divided by height of all scenes; drawn for each by default.
+        progress: Called with (scenes done, scenes in all) after every file.
+        workers: Processes that compose.
+        rows_per_file: Scenes in a file.
+
+    Returns:
+        The manifest, which is also in ``manifest.json``.
+
+    Raises:
+        DataError: If a number is out of range, or the folder holds another set.
+    """
+    if count < 1 or workers < 1 or rows_per_file < 1:
+        raise DataError(
+            f"count, workers and rows per file must be positive, got {count}, {workers} and {rows_per_file}"
+        )
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"aspect": aspect, "rows_per_file": rows_per_file, "version": SCENES_VERSION}
+    source = {"name": "scenes", "seed": seed, "count": count, "options": options}
+    manifest_path = folder / "manifest.json"
+    if manifest_path.exists():
+        manifest = json.loads(manifest_path.read_text("utf-8"))
+        if manifest.get("source") != source:
+            raise DataError(f"{folder} already holds another set", hint="choose an empty folder, or delete this one")
+        return manifest
+    jobs = [
+        (str(folder / f"examples-{number:05d}.parquet"), seed, start, min(start + rows_per_file, count), aspect)
+        for number, start in enumerate(range(0, count, rows_per_file))
+    ]
+    done = 0
+    waiting = []
+    for job in jobs:
+        if _finished(Path(job[0]), job):
+            done += job[3] - job[2]
+        else:
+            waiting.append(job)
+
+    def note(path: str, rows: int) -> None:
+        nonlocal done
+        job = next(job for job in waiting if job[0] == path)
+        with atomic_write(_sidecar(Path(path))) as temporary:
+            temporary.write_text(json.dumps({"job": [SCENES_VERSION, *job[1:]], "sha256": sha256_file(path)}), "utf-8")
+        done += rows
+        if progress is not None:
+            progress(done, count)
+
+    if progress is not None:
+        progress(done, count)
+    if workers == 1 or len(waiting) < 2:
+        for job in waiting:
+            note(*_write_file(job))
+    else:
+        # Not forked: the caller may hold threads (a progress bar, a numeric library).
+        with multiprocessing.get_context("spawn").Pool(min(workers, len(waiting))) as pool:
+            for path, rows in pool.imap_unordered(_write_file, waiting):
+                note(path, rows)
+    files = [{"name": Path(job[0]).name, "sha256": sha256_file(job[0]), "count": job[3] - job[2]} for job in jobs]
+    manifest = {
+        "format": RAW_FORMAT,
+        "source": source,
+        "license": LICENSE,
+        "attribution": ATTRIBUTION,
+        "count": count,
+        "files": files,
+        "sha256": hashlib.sha256("".join(sorted(str(entry["sha256"]) for entry in files)).encode()).hexdigest(),
+    }
+    with atomic_write(manifest_path) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    for job in jobs:
+        _sidecar(Path(job[0])).unlink(missing_ok=True)
+    return manifest

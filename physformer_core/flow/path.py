@@ -1,0 +1,121 @@
+"""Paths between the start x0 (noise, or the blurred field plus noise) and the data x1, and what is predicted.
+
+Along a path ``z_t = a(t) x1 + b(t) x0`` with t = 0 at the start and t = 1 at the data, the velocity is
+``a'(t) x1 + b'(t) x0`` (flow matching: Lipman et al. 2022, https://arxiv.org/abs/2210.02747). A network predicts
+either the velocity or the sample x1 itself; the loss is always on the velocity (JiT, Li & He 2025,
+https://arxiv.org/abs/2511.13720), which weights the end of the path where details are decided.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from physformer_core.errors import ConfigError
+
+PathName = Literal["linear", "cosine", "quadratic", "vp"]
+Prediction = Literal["sample", "velocity"]
+
+PATHS: tuple[PathName, ...] = ("linear", "cosine", "quadratic", "vp")
+VP_SHARPNESS = 3.0
+"""Exponent of the ``vp`` path's noise schedule: b(t)^2 = exp(-VP_SHARPNESS t^2), made to end at 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowPath:
+    """A path and the kind of prediction made along it.
+
+    Args:
+        name: ``linear`` (a = t, b = 1 - t), ``cosine`` (a = sin, b = cos of pi t / 2), ``quadratic`` (a = t^2,
+            b = (1 - t)^2) or ``vp`` (variance preserving, a^2 + b^2 = 1, with a squared-exponential schedule).
+        prediction: ``sample`` (the network returns x1) or ``velocity``.
+        end_margin: Distance to t = 1 below which a velocity is no longer derived from a sample by division.
+    """
+
+    name: PathName = "linear"
+    prediction: Prediction = "sample"
+    end_margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.name not in PATHS:
+            raise ConfigError(f"unknown path '{self.name}'", hint="one of " + ", ".join(PATHS))
+        if self.prediction not in ("sample", "velocity"):
+            raise ConfigError(f"unknown prediction '{self.prediction}'", hint="'sample' or 'velocity'")
+        if not 0 < self.end_margin < 0.5:
+            raise ConfigError(f"end_margin {self.end_margin} is outside (0, 0.5)")
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a(t), b(t), a'(t), b'(t), each of t's shape."""
+        if self.name == "linear":
+            return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+        if self.name == "cosine":
+            angle = t * (math.pi / 2)
+            return angle.sin(), angle.cos(), math.pi / 2 * angle.cos(), -math.pi / 2 * angle.sin()
+        if self.name == "quadratic":
+            return t.square(), (1 - t).square(), 2 * t, -2 * (1 - t)
+        tail = math.exp(-VP_SHARPNESS)
+        square_b = (torch.exp(-VP_SHARPNESS * t.square()) - tail) / (1 - tail)
+        slope = -2 * VP_SHARPNESS * t * torch.exp(-VP_SHARPNESS * t.square()) / (1 - tail)
+        # Both roots are kept away from 0, where their slopes are unbounded and no sample is ever drawn.
+        b = square_b.clamp_min(1e-8).sqrt()
+        a = (1 - square_b).clamp_min(1e-8).sqrt()
+        return a, b, -slope / (2 * a), slope / (2 * b)
+
+    def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """z_t for fields [B, C, H, W] and times [B]."""
+        a, b, _, _ = (c[:, None, None, None] for c in self.coefficients(t))
+        return a * x1 + b * x0
+
+    def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """dz/dt for fields [B, C, H, W] and times [B]."""
+        _, _, slope_a, slope_b = (c[:, None, None, None] for c in self.coefficients(t))
+        return slope_a * x1 + slope_b * x0
+
+    def velocity_of_sample(self, sample: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The velocity at z_t = z if the path ended in ``sample``.
+
+        Inside ``end_margin`` of t = 1 the division is by the margin: the step that is left is shorter than it.
+        """
+        a, b, slope_a, slope_b = self.coefficients(t)
+        _, b_margin, _, _ = self.coefficients(torch.full_like(t, 1 - self.end_margin))
+        b_safe = torch.maximum(b, b_margin)
+        gain = (slope_a - slope_b * a / b_safe)[:, None, None, None]
+        return gain * sample + (slope_b / b_safe)[:, None, None, None] * z
+
+    def sample_weight(self, t: Tensor) -> Tensor:
+        """Factor [B] by which an error of the sample shows in the velocity: the square root of the v-loss weight."""
+        a, b, slope_a, slope_b = self.coefficients(t)
+        _, b_margin, _, _ = self.coefficients(torch.full_like(t, 1 - self.end_margin))
+        return slope_a - slope_b * a / torch.maximum(b, b_margin)
+
+    def sample_of_velocity(self, velocity: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The data that a path through z with this velocity ends in."""
+        a, b, slope_a, slope_b = (c[:, None, None, None] for c in self.coefficients(t))
+        return (b * velocity - slope_b * z) / (slope_a * b - slope_b * a)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeDensity:
+    """Logit-normal density of training times (Esser et al. 2024, https://arxiv.org/abs/2403.03206).
+
+    Args:
+        mean, std: Of the normal variable; a negative mean prefers the noisy end.
+        shift: Resolution shift s >= 1: t <- t / (t + s (1 - t)), towards noise for larger pictures.
+    """
+
+    mean: float = -0.6
+    std: float = 0.9
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.std <= 0 or self.shift <= 0:
+            raise ConfigError(f"time density needs std and shift above 0, not {self.std} and {self.shift}")
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """``count`` times in (0, 1), drawn on the CPU."""
+        t = torch.sigmoid(torch.randn(count, generator=generator) * self.std + self.mean)
+        return t / (t + self.shift * (1 - t))

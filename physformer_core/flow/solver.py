@@ -1,0 +1,125 @@
+"""Integrators of dz/dt = v(z, t) from t = 0 (start) to t = 1 (data)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from physformer_core.errors import ConfigError
+
+Velocity = Callable[[Tensor, float], Tensor]
+OnStep = Callable[[int, float, Tensor], None]
+"""Called after each step with its index, the time reached and the field."""
+
+MAX_ADAPTIVE_STEPS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverSettings:
+    """Which integrator, and how finely.
+
+    Args:
+        name: One of `SOLVERS`.
+        steps: Steps from 0 to 1 (``adaptive`` chooses its own and takes this as the first guess).
+        shift: s >= 1 spends more of the steps near the start: t -> t / (t + s (1 - t)).
+        tolerance: Local error (in field units, root mean square) that ``adaptive`` allows per step.
+    """
+
+    name: str = "euler"
+    steps: int = 20
+    shift: float = 1.0
+    tolerance: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.name not in SOLVERS:
+            raise ConfigError(f"unknown solver '{self.name}'", hint="one of " + ", ".join(SOLVERS))
+        if self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, not {self.steps}", hint="20 is the default at level 0")
+        if self.shift <= 0 or self.tolerance <= 0:
+            raise ConfigError("shift and tolerance must be above 0")
+
+    def times(self) -> list[float]:
+        """steps + 1 times from 0 to 1."""
+        t = torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)
+        return (t / (t + self.shift * (1 - t))).tolist()
+
+
+def euler(velocity: Velocity, z: Tensor, settings: SolverSettings, on_step: OnStep | None = None) -> Tensor:
+    """First order; one evaluation a step."""
+    times = settings.times()
+    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        z = z + (t_next - t) * velocity(z, t)
+        if on_step is not None:
+            on_step(index, t_next, z)
+    return z
+
+
+def heun(velocity: Velocity, z: Tensor, settings: SolverSettings, on_step: OnStep | None = None) -> Tensor:
+    """Second order; two evaluations a step, one at the last, whose far end is the data itself."""
+    times = settings.times()
+    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        v = velocity(z, t)
+        ahead = z + (t_next - t) * v
+        z = ahead if index == settings.steps - 1 else z + (t_next - t) * (v + velocity(ahead, t_next)) / 2
+        if on_step is not None:
+            on_step(index, t_next, z)
+    return z
+
+
+def multistep(velocity: Velocity, z: Tensor, settings: SolverSettings, on_step: OnStep | None = None) -> Tensor:
+    """Second-order Adams-Bashforth with variable steps; one evaluation a step."""
+    times = settings.times()
+    before: Tensor | None = None
+    last = 0.0
+    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        v, step = velocity(z, t), t_next - t
+        slope = v if before is None else v + step / (2 * last) * (v - before)
+        z = z + step * slope
+        before, last = v, step
+        if on_step is not None:
+            on_step(index, t_next, z)
+    return z
+
+
+def adaptive(velocity: Velocity, z: Tensor, settings: SolverSettings, on_step: OnStep | None = None) -> Tensor:
+    """Heun with its own step size: the difference to Euler estimates the error, which is held at ``tolerance``.
+
+    The error is that of the worst picture in the batch, so a picture may take other steps in company than alone:
+    the pipeline runs pictures one by one with this solver.
+    """
+    t, step, index = 0.0, 1.0 / settings.steps, 0
+    v = velocity(z, t)
+    while t < 1 and index < MAX_ADAPTIVE_STEPS:
+        step = min(step, 1 - t)
+        ahead = z + step * v
+        if t + step >= 1 - 1e-9:
+            z, t = ahead, 1.0
+        else:
+            v_ahead = velocity(ahead, t + step)
+            error = (step / 2 * (v_ahead - v)).square().mean(tuple(range(1, z.ndim))).sqrt().max().item()
+            if error <= settings.tolerance or step < 1e-3:
+                z, t = z + step * (v + v_ahead) / 2, t + step
+                v = velocity(z, t)
+            step *= min(2.0, max(0.3, 0.9 * (settings.tolerance / max(error, 1e-9)) ** 0.5))
+            if error > settings.tolerance and step >= 1e-3:
+                continue
+        if on_step is not None:
+            on_step(index, t, z)
+        index += 1
+    return z
+
+
+SOLVERS: dict[str, Callable[..., Tensor]] = {
+    "euler": euler,
+    "heun": heun,
+    "multistep": multistep,
+    "adaptive": adaptive,
+}
+
+
+def integrate(velocity: Velocity, z: Tensor, settings: SolverSettings, on_step: OnStep | None = None) -> Tensor:
+    """Integrates from the start to the data with the solver that ``settings`` names."""
+    return SOLVERS[settings.name](velocity, z, settings, on_step)

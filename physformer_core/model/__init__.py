@@ -1,0 +1,1 @@
+"""The network: geometry, local attention and the transformer. Knows nothing of flows, prompts or pictures."""

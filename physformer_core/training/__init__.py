@@ -1,0 +1,1 @@
+"""Training: objective, optimizer, averaging, checkpoints and the loop that survives being stopped."""

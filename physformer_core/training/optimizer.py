@@ -1,0 +1,189 @@
+"""Muon for the matrices inside blocks, AdamW for everything else, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from physformer_core.errors import ConfigError
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Quintic whose iteration drives singular values to about 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
+
+
+def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Nearest (semi-)orthogonal matrices, to within the Newton-Schulz quintic's accuracy.
+
+    Args:
+        matrices: [K, m, n]; they are independent, and batched for speed.
+        steps: Iterations.
+        dtype: Arithmetic: bfloat16 where it is fast, else float32.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.to(dtype)
+    transposed = x.shape[-2] > x.shape[-1]
+    if transposed:
+        x = x.transpose(-1, -2)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.transpose(-1, -2)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.transpose(-1, -2) if transposed else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is orthogonalised before it is applied.
+
+    Unlike ``torch.optim.Muon`` it batches matrices of one shape and computes in the dtype that the device is fast
+    in (there, bfloat16 always, which on a CPU without it costs four times as much). The step is scaled by
+    ``0.2 sqrt(max(m, n))`` so that its size matches AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+
+    Args:
+        params: Two-dimensional parameters.
+        lr: Learning rate, on AdamW's scale.
+        momentum: Nesterov momentum.
+        weight_decay: Decoupled.
+        steps: Newton-Schulz iterations.
+        dtype: Arithmetic of the iterations.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        steps: int = 5,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.newton_schulz_steps, self.newton_schulz_dtype = steps, dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Applies one update."""
+        assert closure is None
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for param in group["params"]:
+                if param.grad is not None:
+                    by_shape.setdefault(param.shape, []).append(param)
+            for shape, params in by_shape.items():
+                updates = []
+                for param in params:
+                    state = self.state[param]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(param)
+                    buffer = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
+                    updates.append(param.grad.lerp(buffer, group["momentum"]))
+                directions = orthogonalize(torch.stack(updates), self.newton_schulz_steps, self.newton_schulz_dtype)
+                scale = -group["lr"] * 0.2 * math.sqrt(max(shape))
+                for param, direction in zip(params, directions, strict=True):
+                    param.mul_(1 - group["lr"] * group["weight_decay"])
+                    param.add_(direction, alpha=scale)
+
+
+def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Named parameters for Muon (matrices within blocks, but not modulation) and for AdamW (the rest)."""
+    muon, adamw = {}, {}
+    for name, param in model.named_parameters():
+        in_block = name.startswith(("blocks.", "text_blocks."))
+        if in_block and param.ndim == 2 and "modulation" not in name and "logit" not in name:
+            muon[name] = param
+        else:
+            adamw[name] = param
+    return muon, adamw
+
+
+class Optimizer:
+    """The one or two optimizers of a run, stepped, scheduled and saved together.
+
+    Args:
+        model: Whose parameters are trained.
+        name: ``muon`` (Muon and AdamW) or ``adamw``.
+        lr: AdamW's peak learning rate.
+        muon_lr: Muon's peak learning rate.
+        weight_decay: Decoupled, on matrices.
+        betas: AdamW's.
+        muon_dtype: Arithmetic of Muon's iterations.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        lr: float,
+        muon_lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        muon_dtype: torch.dtype,
+    ) -> None:
+        if name not in ("muon", "adamw"):
+            raise ConfigError(f"unknown optimizer '{name}'", hint="'muon' or 'adamw'")
+        muon, adamw = split_parameters(model)
+        if name == "adamw":
+            muon, adamw = {}, {**adamw, **muon}
+        matrices = [p for p in adamw.values() if p.ndim == 2]
+        others = [p for p in adamw.values() if p.ndim != 2]
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.names = {param: key for key, param in model.named_parameters()}
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-10), lr)
+        ]
+        if muon:
+            part = Muon(muon.values(), lr=muon_lr, weight_decay=weight_decay, dtype=muon_dtype)
+            self.parts.append((part, muon_lr))
+
+    def step(self, factor: float) -> None:
+        """One update at ``factor`` of the peak learning rates."""
+        for part, peak in self.parts:
+            for group in part.param_groups:
+                group["lr"] = peak * factor
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part, _ in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All state as flat named tensors, for safetensors."""
+        return {
+            f"{self.names[param]}|{key}": value if isinstance(value, Tensor) else torch.tensor(float(value))
+            for part, _ in self.parts
+            for param, state in part.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restores what `state_tensors` gave."""
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, field = key.partition("|")
+            by_name.setdefault(name, {})[field] = value
+        for part, _ in self.parts:
+            for group in part.param_groups:
+                for param in group["params"]:
+                    stored = by_name.get(self.names[param], {})
+                    # AdamW keeps its step count on the CPU whatever the parameter's device.
+                    part.state[param] = {
+                        key: value.clone() if key == "step" else value.to(param.device, copy=True)
+                        for key, value in stored.items()
+                    }
+
+
+def schedule(step: int, total: int, *, warmup_fraction: float, start: float = 0.1, end: float = 0.1) -> float:
+    """Factor of the peak learning rate: linear from ``start``, then a cosine to ``end``."""
+    warmup = max(1, round(total * warmup_fraction))
+    if step < warmup:
+        return start + (1 - start) * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,330 @@
+"""The training loop: any step can be the last one, and a resumed run goes on as if it had not stopped.
+
+Everything random at step s (examples, crops, captions, times, noise) is a function of (seed, s), so the state of a
+run is its step, its weights, their average and the optimizer's state. There is no loader position to lose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from physformer_core.config import RunConfig
+from physformer_core.data.loader import Batch, BatchStream, ShardSet
+from physformer_core.errors import CheckpointError, ConfigError, PhysFormerError
+from physformer_core.hardware import has_fast_bfloat16, resolve_device, resolve_dtype
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
+from physformer_core.training.checkpoint import list_checkpoints, load_training_state, save_checkpoint
+from physformer_core.training.ema import WeightAverage
+from physformer_core.training.objective import FlowObjective
+from physformer_core.training.optimizer import Optimizer, schedule
+
+MAX_BAD_STEPS = 10
+"""Steps in a row with a non-finite loss or gradient after which training stops."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one log interval did.
+
+    Args:
+        step: Steps done.
+        total: Steps of the run.
+        losses: Mean normalised velocity loss per kind of batch ("base", "crop") over the interval; validation
+            losses are named "validation_base" and "validation_crop".
+        examples_per_second: Rate over the interval.
+        wait_fraction: Share of the time spent waiting for data.
+        learning_rate: AdamW's, at the last step.
+        gradient_norm: Mean over the interval, before clipping.
+        skipped: Steps skipped so far because loss or gradients were not finite.
+    """
+
+    step: int
+    total: int
+    losses: dict[str, float]
+    examples_per_second: float
+    wait_fraction: float
+    learning_rate: float
+    gradient_norm: float
+    skipped: int
+
+
+class TrainingDiverged(PhysFormerError):
+    """Loss or gradients were not finite for `MAX_BAD_STEPS` steps in a row."""
+
+
+class Trainer:
+    """Trains one model on one preprocessed set into one folder.
+
+    Args:
+        config: Model, flow and training configuration.
+        data_dir: A set written by ``data preprocess``.
+        output_dir: Where checkpoints and ``log.jsonl`` go.
+        device: Device name.
+        init_from: A transformer folder whose weights the run starts from.
+        on_report: Called with each `StepReport`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, DeviceError: Before anything is written.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data_dir: Path,
+        output_dir: Path,
+        *,
+        device: str = "auto",
+        init_from: Path | None = None,
+        on_report: Callable[[StepReport], None] | None = None,
+    ) -> None:
+        self.config, self.output_dir, self.on_report = config, output_dir, on_report
+        train = config.training
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(train.dtype, self.device)
+        self.shards = ShardSet(data_dir)
+        torch.manual_seed(train.seed)
+        self.model = self._build_model(init_from).to(self.device)
+        # Text widths come from the data: the encoder was chosen when it was preprocessed.
+        self.ema = WeightAverage(self.model, train.ema_decay)
+        self.optimizer = Optimizer(
+            self.model,
+            name=train.optimizer,
+            lr=train.lr,
+            muon_lr=train.muon_lr,
+            weight_decay=train.weight_decay,
+            betas=(train.beta1, train.beta2),
+            muon_dtype=torch.bfloat16 if has_fast_bfloat16(self.device) else torch.float32,
+        )
+        base_density, fine_density = config.flow.densities()
+        self.objective = FlowObjective(
+            path=config.flow.flow_path(),
+            pyramid=config.flow.pyramid(self.model.config.patch_size),
+            base_density=base_density,
+            fine_density=fine_density,
+            prompt_dropout=train.prompt_dropout,
+        )
+        self.step = 0
+        self.skipped = 0
+        self._bad_in_a_row = 0
+        self._stop = False
+
+    def _build_model(self, init_from: Path | None) -> PhysFormerTransformer2DModel:
+        captions = self.shards.manifest["captions"]
+        widths = {"text_dim": captions["hidden_size"], "pooled_dim": captions["pooled_size"]}
+        if init_from is None:
+            return PhysFormerTransformer2DModel(**(self.config.model | widths))
+        try:
+            model = PhysFormerTransformer2DModel.from_pretrained(init_from, torch_dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot start from '{init_from}': {str(error).splitlines()[0]}") from error
+        for key, value in widths.items():
+            if getattr(model.config, key) != value:
+                raise ConfigError(f"'{init_from}' was trained with {key} {getattr(model.config, key)}, data has {value}")
+        return model
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+    def resume(self, source: str | Path) -> bool:
+        """Goes on from a checkpoint: a path, or ``auto`` for the newest one of this run, if there is any.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            CheckpointError: If it cannot be read or belongs to another model or other data.
+        """
+        if source == "auto":
+            found = list_checkpoints(self.checkpoint_dir)
+            if not found:
+                return False
+            source = found[-1]
+        state = load_training_state(Path(source))
+        if state.metadata["data_key"] != self.shards.manifest["key"]:
+            raise CheckpointError(
+                f"'{source}' was trained on other data", hint="use --init-from to start a new run from its weights"
+            )
+        if state.metadata["config"]["model"] != self.config.to_dict()["model"]:
+            raise CheckpointError(f"'{source}' has another model configuration", hint="resume with the same preset")
+        state.restore(self.model, self.optimizer, self.ema)
+        self.step, self.skipped = state.step, int(state.metadata["skipped"])
+        return True
+
+    def request_stop(self) -> None:
+        """Ends `run` after the step in progress, with a checkpoint. Safe to call from a signal handler."""
+        self._stop = True
+
+    def run(self) -> bool:
+        """Trains to the configured number of steps.
+
+        Returns:
+            True if they were all done, False if stopped before.
+
+        Raises:
+            TrainingDiverged: After `MAX_BAD_STEPS` non-finite steps in a row.
+            OutputError: If a checkpoint or the log cannot be written; the last whole checkpoint stays.
+        """
+        train = self.config.training
+        if train.compile:
+            torch._dynamo.config.recompile_limit = 64
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+        stream = BatchStream(
+            self.shards,
+            seed=train.seed,
+            batch_size=train.batch_size,
+            crop_fraction=train.crop_fraction,
+            crop_size=train.crop_size,
+        )
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        interval = _Interval()
+        batches = stream.iterate(start_step=self.step)
+        with contextlib.closing(batches), (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as log:
+            while self.step < train.steps and not self._stop:
+                asked = time.perf_counter()
+                batch = next(batches)
+                interval.waited += time.perf_counter() - asked
+                self._train_step(batch, interval)
+                self.step += 1
+                last = self.step == train.steps
+                validation: dict[str, float] = {}
+                if last or self.step % train.validate_every == 0:
+                    validation = self.validate()
+                if last or validation or self.step % train.log_every == 0:
+                    report = interval.report(self, validation)
+                    log.write(json.dumps({"time": time.time(), **vars(report)}) + "\n")
+                    log.flush()
+                    if self.on_report is not None:
+                        self.on_report(report)
+                    interval = _Interval()
+                if last or self.step % train.checkpoint_every == 0:
+                    self.save()
+        if self._stop and self.step % train.checkpoint_every and self.step < train.steps:
+            self.save()
+        return self.step == train.steps
+
+    def _train_step(self, batch: Batch, interval: _Interval) -> None:
+        train = self.config.training
+        # Offset by one, so that training noise and validation noise (step -1) never coincide.
+        generator = torch.Generator().manual_seed(_step_seed(train.seed, self.step))
+        with self._autocast():
+            losses = self.objective(self.model, batch.to(self.device), generator)
+        losses.mean.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
+        if not torch.isfinite(norm):
+            self.skipped += 1
+            self._bad_in_a_row += 1
+            if self._bad_in_a_row >= MAX_BAD_STEPS:
+                saved = list_checkpoints(self.checkpoint_dir)
+                raise TrainingDiverged(
+                    f"loss or gradients were not finite for {MAX_BAD_STEPS} steps in a row, up to step {self.step} "
+                    f"(examples {batch.indices[:4].tolist()} ...)",
+                    hint=f"resume from {saved[-1] if saved else 'the start'} with a lower learning rate",
+                )
+        else:
+            self._bad_in_a_row = 0
+            factor = schedule(self.step, train.steps, warmup_fraction=train.warmup_fraction)
+            self.optimizer.step(factor)
+            self.ema.update(self.model, self.step)
+        self.optimizer.zero_grad()
+        interval.add(batch.kind, losses.mean.detach(), norm, batch.pixels_bchw.shape[0])
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss of the averaged weights on held-out examples, the same ones with the same noise every time."""
+        train = self.config.training
+        results: dict[str, float] = {}
+        self.ema.swap_in(self.model)
+        try:
+            for kind, fraction in (("base", 0.0), ("crop", 1.0)):
+                if not self.shards.count("validation", kind) >= train.batch_size:
+                    continue
+                stream = BatchStream(
+                    self.shards,
+                    seed=train.seed,
+                    batch_size=train.batch_size,
+                    crop_fraction=fraction,
+                    crop_size=train.crop_size,
+                    split="validation",
+                )
+                total = 0.0
+                for index in range(train.validation_batches):
+                    generator = torch.Generator().manual_seed(_step_seed(train.seed, -1 - index))
+                    with self._autocast():
+                        losses = self.objective(self.model, stream.batch(index).to(self.device), generator)
+                    total += losses.mean.item()
+                results[f"validation_{kind}"] = total / train.validation_batches
+        finally:
+            self.ema.swap_out(self.model)
+        return results
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the present step."""
+        train = self.config.training
+        metadata = {
+            "config": self.config.to_dict(),
+            "data_key": self.shards.manifest["key"],
+            "text_encoder": self.shards.manifest["captions"]["encoder"],
+            "skipped": self.skipped,
+        }
+        return save_checkpoint(
+            self.checkpoint_dir,
+            self.step,
+            self.model,
+            self.optimizer,
+            self.ema,
+            metadata,
+            keep_last=train.keep_last,
+            keep_every=train.keep_every,
+        )
+
+
+class _Interval:
+    """Sums between two log records. Losses stay tensors until then, so that no step waits for the device."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.waited = 0.0
+        self.examples = 0
+        self.losses: dict[str, list[torch.Tensor]] = {}
+        self.norms: list[torch.Tensor] = []
+
+    def add(self, kind: str, loss: torch.Tensor, norm: torch.Tensor, examples: int) -> None:
+        self.losses.setdefault(kind, []).append(loss)
+        self.norms.append(norm)
+        self.examples += examples
+
+    def report(self, trainer: Trainer, validation: dict[str, float]) -> StepReport:
+        means = {kind: torch.stack(values).mean().item() for kind, values in self.losses.items()}
+        elapsed = time.perf_counter() - self.started
+        train = trainer.config.training
+        return StepReport(
+            step=trainer.step,
+            total=train.steps,
+            losses={kind: value for kind, value in (means | validation).items() if math.isfinite(value)},
+            examples_per_second=self.examples / elapsed,
+            wait_fraction=self.waited / elapsed,
+            learning_rate=train.lr * schedule(trainer.step, train.steps, warmup_fraction=train.warmup_fraction),
+            gradient_norm=torch.stack(self.norms).mean().item(),
+            skipped=trainer.skipped,
+        )
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """Seed of all draws at one step; validation uses negative steps."""
+    return (seed * 1_000_003 + 2 * step + (1 if step < 0 else 0)) % (2**63)

@@ -1,0 +1,171 @@
+"""Scenes: determinism, honest captions, sharp windows, resumable sets."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from physformer_core.data.scenes import FAMILIAR_PROMPTS, compose_scene, fetch_scenes, load_concepts, render_svg
+from physformer_core.data.scenes.backdrops import PLACE_TIMES
+from physformer_core.data.scenes.casting import SUPPORTS, places_of, times_of
+from physformer_core.data.scenes.composer import KINDS, RELATIONS
+from physformer_core.data.scenes.concepts import art_markup, art_shape, concept_named
+from physformer_core.errors import DataError
+
+SAMPLE = [compose_scene(11, index) for index in range(400)]
+
+
+def test_a_scene_depends_on_seed_and_index_alone():
+    first = compose_scene(11, 37)
+    assert first == SAMPLE[37]
+    assert compose_scene(12, 37) != first
+
+
+def test_concepts_have_art_places_and_distinct_names():
+    concepts = load_concepts()
+    assert 300 <= len(concepts) <= 360
+    for concept in concepts:
+        assert art_markup(concept.art)
+        assert all(times_of(concept, place) for place in places_of(concept)), concept.name
+    phrases = [phrase for concept in concepts for phrase in (concept.phrase, *concept.synonyms)]
+    assert len(set(phrases)) == len(phrases)
+    for name in ("bird", "cat", "car", "dragon", "mountain", "dog", "horse", "fish", "tree", "house", "boat", "rocket"):
+        assert concept_named(name)
+    for name in SUPPORTS:
+        assert concept_named(name)
+
+
+def test_painted_fills_occur_in_the_art():
+    for concept in load_concepts():
+        for fill in concept.paint[1:]:
+            assert fill.lower() in art_markup(concept.art).lower(), concept.name
+
+
+def test_art_is_measured():
+    shape = art_shape(concept_named("car").art)
+    assert shape.left < 2 and shape.right > 34 and shape.height < shape.width
+    assert shape.colour[0] > shape.colour[2]
+
+
+def test_captions_name_what_is_shown():
+    for scene in SAMPLE:
+        assert len(scene.captions) == 2
+        for caption in scene.captions:
+            assert 1 <= len(caption.split()) <= 20
+            for placed in scene.subjects:
+                if placed.concept == "cage":
+                    assert "cage" in caption
+                    continue
+                concept = concept_named(placed.concept)
+                nouns = [phrase.split(" ", 1)[1] for phrase in (concept.phrase, *concept.synonyms)]
+                assert any(noun in caption for noun in nouns), (caption, placed)
+                if placed.colour:
+                    assert placed.colour in caption
+
+
+def test_familiar_prompts_are_drawn_with_their_words():
+    captions = {scene.captions[0]: scene for scene in (compose_scene(3, index, kind="prompt") for index in range(80))}
+    assert set(captions) == set(FAMILIAR_PROMPTS)
+    assert captions["a bird in a cage"].relation == "in"
+    assert captions["a beautiful sunset over the ocean"].time == "sunset"
+    assert captions["a red car on a city street"].place == "street"
+
+
+def test_all_kinds_occur_and_subjects_are_large():
+    single = [scene for scene in SAMPLE if scene.place is None and len(scene.subjects) == 1]
+    assert 0.3 < len(single) / len(SAMPLE) < 0.6
+    for scene in single:
+        top, left, bottom, right = scene.subjects[0].box
+        longer = max((bottom - top) * scene.height, (right - left) * scene.width) / min(scene.width, scene.height)
+        assert 0.5 <= longer <= 0.9
+
+
+@pytest.mark.parametrize("relation", list(RELATIONS))
+@pytest.mark.parametrize("aspect", [1.0, 21 / 9, 9 / 21])
+def test_boxes_fit_the_relation(relation: str, aspect: float):
+    for index in range(12):
+        scene = compose_scene(5, index, relation=relation, aspect=aspect)
+        subject, other = scene.subjects
+        assert (subject.role, other.role, scene.relation) == ("subject", "object", relation)
+        (top, left, bottom, right), (o_top, o_left, o_bottom, o_right) = subject.box, other.box
+        assert 0 <= top < bottom <= 1 and 0 <= left < right <= 1
+        middle, o_middle = (left + right) / 2, (o_left + o_right) / 2
+        if relation == "in":
+            assert o_top < top and bottom < o_bottom and o_left < left and right < o_right
+        elif relation == "over":
+            assert bottom <= o_top + 0.02
+        elif relation == "under":
+            assert bottom > o_bottom - 0.02 and top > o_top
+        elif relation == "on":
+            assert bottom < o_bottom and top < o_top and o_left < middle < o_right
+        elif relation == "next to":
+            assert right <= o_left + 0.01 or o_right <= left + 0.01
+        elif relation == "in front of":
+            assert bottom > o_bottom - 0.01 and abs(middle - o_middle) < 0.5
+        else:
+            assert bottom < o_bottom + 0.01 and top < o_top
+
+
+def test_every_place_renders_at_every_time_and_aspect():
+    for place, times in PLACE_TIMES.items():
+        for time in times:
+            for aspect, size in ((1.0, (64, 64)), (21 / 9, (112, 48)), (9 / 21, (48, 112))):
+                scene = compose_scene(1, 0, kind="place", place=place, time=time, aspect=aspect)
+                pixels = render_svg(scene.svg, *size)
+                assert pixels.shape == (size[1], size[0], 3) and pixels.std() > 3
+
+
+def test_a_window_is_the_same_part_of_the_whole_picture():
+    for index in range(6):
+        scene = compose_scene(7, index, aspect=16 / 9)
+        whole = render_svg(scene.svg, 640, 360)
+        window = render_svg(scene.svg, 96, 64, full_width=640, full_height=360, top=120, left=200)
+        difference = np.abs(window.astype(int) - whole[120:184, 200:296])
+        # Only the coverage of edge pixels may differ, by a few of its 16 steps: a clipped path is cut up differently.
+        assert difference.mean() < 0.6 and difference.max() <= 64 and (difference > 4).mean() < 0.03
+
+
+def test_render_errors_are_the_users():
+    svg = compose_scene(7, 0).svg
+    with pytest.raises(DataError, match="does not lie"):
+        render_svg(svg, 64, 64, full_width=64, full_height=64, top=1)
+    with pytest.raises(DataError, match="viewBox"):
+        render_svg("<svg></svg>", 8, 8)
+    with pytest.raises(DataError, match="can't be rendered"):
+        render_svg('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"><g></svg>', 8, 8)
+    with pytest.raises(DataError, match="no concept"):
+        compose_scene(0, 0, kind="single", concept="qwerty")
+    assert set(KINDS) == {"single", "setting", "pair", "place", "prompt"}
+
+
+def test_fetch_resumes_and_does_not_depend_on_workers(tmp_path):
+    import pyarrow.parquet as pq
+
+    one = fetch_scenes(tmp_path / "one", count=25, seed=4, rows_per_file=10)
+    two = fetch_scenes(tmp_path / "two", count=25, seed=4, rows_per_file=10, workers=2)
+    assert one == two == json.loads((tmp_path / "one" / "manifest.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "examples-00000.parquet", "examples-00001.parquet", "examples-00002.parquet", "manifest.json",
+    ]  # fmt: skip
+    rows = pq.read_table(tmp_path / "one" / "examples-00002.parquet").to_pylist()
+    scene = compose_scene(4, 20)
+    assert rows[0]["key"] == scene.key and rows[0]["svg"] == scene.svg and rows[0]["captions"] == list(scene.captions)
+    assert json.loads(rows[0]["meta"])["relation"] == scene.relation
+
+    class Stop(RuntimeError):
+        pass
+
+    def stop_after_one(done: int, _count: int) -> None:
+        if done:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fetch_scenes(tmp_path / "three", count=25, seed=4, rows_per_file=10, progress=stop_after_one)
+    assert not (tmp_path / "three" / "manifest.json").exists()
+    stamp = (tmp_path / "three" / "examples-00000.parquet").stat().st_mtime_ns
+    assert fetch_scenes(tmp_path / "three", count=25, seed=4, rows_per_file=10) == one
+    assert (tmp_path / "three" / "examples-00000.parquet").stat().st_mtime_ns == stamp
+    with pytest.raises(DataError, match="another set"):
+        fetch_scenes(tmp_path / "three", count=26, seed=4, rows_per_file=10)
