@@ -33,7 +33,6 @@ types:
 help-times:
     #!/usr/bin/env bash
     for command in "" "init" "info" "runs" "runs list" "runs show" "runs replay"; do
-        start=$(date +%s.%N)
-        physformer $command --help > /dev/null
-        printf '%5.2f  physformer %s --help\n' "$(echo "$(date +%s.%N) - $start" | bc)" "$command"
+        TIMEFORMAT="%R  physformer $command --help"
+        time physformer $command --help > /dev/null
     done

@@ -11,7 +11,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,14 +37,6 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-@functools.cache
-def stdout() -> Console:
-    """The console for tables; a pipe gets them without colours or cuts."""
-    from rich.console import Console
-
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-
-
 def say(message: str) -> None:
     """Prints a line for the user on standard error."""
     stderr().print(message, markup=False)
@@ -66,6 +58,38 @@ def print_json(value: Any) -> None:
     """Prints JSON on standard output; characters that the output's encoding lacks are escaped."""
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not utf8) + "\n")
+
+
+def print_table(
+    names: Sequence[str], rows: Sequence[Sequence[str]], *, styles: Mapping[str, str] | None = None
+) -> None:
+    """Prints a table on standard output: fitted to a terminal by cutting the last column, whole into a pipe.
+
+    Args:
+        names: The columns' headings.
+        rows: The cells.
+        styles: Rich styles for cells that have exactly this text.
+    """
+    if not sys.stdout.isatty():
+        lines = [names, *rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
+        for line in lines:
+            cells = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
+            sys.stdout.write("  ".join(cells).rstrip() + "\n")
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, name in enumerate(names):
+        last = column == len(names) - 1
+        least = None if last else max(len(row[column]) for row in [names, *rows])
+        table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=least)
+    for row in rows:
+        table.add_row(*(Text(cell, style=(styles or {}).get(cell, "")) for cell in row))
+    Console(highlight=False).print(table)
 
 
 def human_size(count: float) -> str:

@@ -84,23 +84,11 @@ def list_runs(
         console.say(f"no such runs in {project.path}")
         return
 
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("ID", "STATUS", "TOOK"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("OUTPUTS", justify="right", no_wrap=True)
-    table.add_column("COMMAND", overflow="ellipsis", no_wrap=True)
-    for run in runs:
-        table.add_row(
-            run.id,
-            Text(run.status, style=_STYLES[run.status]),
-            console.human_time(run.duration),
-            str(len(run.outputs)),
-            Text(run.command_line.replace("\n", " ")),
-        )
-    console.stdout().print(table)
+    rows = [
+        (run.id, run.status, console.human_time(run.duration), str(len(run.outputs)), _one_line(run.command_line))
+        for run in runs
+    ]
+    console.print_table(("ID", "STATUS", "TOOK", "OUTPUTS", "COMMAND"), rows, styles=_STYLES)
 
 
 @runs_app.command("show")
@@ -168,6 +156,10 @@ def replay(
         typer.echo(f"{'agrees' if agree else 'does not agree'}: {good} of {len(compared)} outputs have the same bytes")
     if not agree:
         raise typer.Exit(3)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _project() -> Project:

@@ -20,14 +20,6 @@ class PhysFormerError(Exception):
         self.message = message
         self.hint = hint
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # A keyword-only argument is lost by the default pickling, which worker processes use to hand errors back.
-        return (_rebuild, (type(self), self.message, self.hint))
-
-
-def _rebuild(kind: type[PhysFormerError], message: str, hint: str | None) -> PhysFormerError:
-    return kind(message, hint=hint)
-
 
 class ConfigError(PhysFormerError):
     """A configuration file, a preset or an option is malformed, unknown or contradicts another."""

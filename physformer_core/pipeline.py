@@ -284,7 +284,7 @@ class PhysFormerPipeline(DiffusionPipeline):
 
         def predict(z: Tensor, t: Tensor, prompt: EncodedPrompt) -> Tensor:
             output = self.transformer(z, t, prompt, level, shown, place, return_dict=False)[0]
-            return output if coarse is None or path.prediction == "velocity" else coarse + output
+            return output if path.prediction == "velocity" else pyramid.sample(coarse, output)
 
         def velocity(z: Tensor, time: float) -> Tensor:
             t = torch.full((batch,), time, device=device)

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -305,6 +306,7 @@ def count_prompt_tokens(prompts: Sequence[str], spec: str | Path = "minilm") -> 
 
 def _load_one(source: _Source, device: str | torch.device, dtype: torch.dtype) -> TextEncoder:
     # The one expensive import of this module: seconds, so only when a model is really wanted.
+    from safetensors import SafetensorError
     from transformers import BertModel, CLIPTextModel, T5EncoderModel
 
     fingerprint = source.fingerprint()
@@ -315,7 +317,7 @@ def _load_one(source: _Source, device: str | torch.device, dtype: torch.dtype) -
             model, loading = model_class.from_pretrained(
                 source.folder, local_files_only=True, dtype=dtype, output_loading_info=True, **options
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"cannot load the text encoder {source.name}: {reason}",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,11 @@ def write_captions(
 
 
 def _encode_part(task: _Part, tick: Callable[[int], None]) -> None:
-    encoder = _encoder(task.encoder)
+    with _one_thread():
+        _write_part(task, _encoder(task.encoder), tick)
+
+
+def _write_part(task: _Part, encoder: TextEncoder, tick: Callable[[int], None]) -> None:
     with atomic_write(task.path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
         with pa.ipc.new_file(sink, CAPTION_SCHEMA) as writer:
             for start in range(0, len(task.texts), _RECORD_BATCH_ROWS):
@@ -126,6 +131,19 @@ def _encode_part(task: _Part, tick: Callable[[int], None]) -> None:
                         schema=CAPTION_SCHEMA,
                     )
                 )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The order of sums, hence the last bit of an embedding, may depend on the number of threads: so always one."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @functools.lru_cache(maxsize=1)

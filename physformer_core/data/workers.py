@@ -26,10 +26,7 @@ _shared: dict[str, Any] = {}
 
 
 def _start_worker(counter: Any, stop: Any) -> None:
-    import torch
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and says stop
-    torch.set_num_threads(1)
     _shared.update(counter=counter, stop=stop)
 
 
@@ -54,9 +51,6 @@ def run_tasks(
     total: int,
 ) -> None:
     """Runs `function(task, tick)` for all tasks and reports the units of work that they tick off.
-
-    Each task computes with one thread, wherever it runs: the order of sums, hence the last bit of a result, may depend
-    on the number of threads.
 
     Args:
         function: A module's function, so that a process can find it; it calls `tick(n)` for each n units done.
@@ -114,8 +108,6 @@ def _run_here(
     done: int,
     report: Callable[[int], None],
 ) -> None:
-    import torch
-
     count = done
 
     def tick(more: int) -> None:
@@ -124,11 +116,6 @@ def _run_here(
         if count // 64 != before // 64:
             report(count)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for task in tasks:
-            function(task, tick)
-            report(count)
-    finally:
-        torch.set_num_threads(threads)
+    for task in tasks:
+        function(task, tick)
+        report(count)

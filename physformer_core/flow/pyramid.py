@@ -102,6 +102,15 @@ class Pyramid:
         return noise if coarse is None else coarse + self.start_noise * noise
 
     @staticmethod
+    def sample(coarse: Tensor | None, output: Tensor) -> Tensor:
+        """The sharp field that a network's output means: itself at level 0, scaled detail upon the coarse above.
+
+        The scale keeps the network's output at unit size on every level. Without it, training fine levels together
+        with level 0 diverged within 20 steps.
+        """
+        return output if coarse is None else coarse + DETAIL_SCALE * output
+
+    @staticmethod
     def velocity_scale(is_base: bool) -> float:
         """Rough size of what a level's velocities must guess, by which losses of levels are made comparable."""
         return 1.0 if is_base else DETAIL_SCALE

@@ -329,7 +329,8 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                # Unit size: levels ask for different outputs of one network and must be told apart from the start.
+                nn.init.normal_(module.weight)
         for zero in [self.final_layer.modulation, self.final_layer.proj_out, *(b.modulation for b in self.blocks)]:
             nn.init.zeros_(zero.weight)
 

@@ -59,7 +59,7 @@ class FlowObjective:
             z, t, prompt, batch.level_b, shown, batch.place_b4, class_labels=None, return_dict=False
         )[0].float()
         if self.path.prediction == "sample":
-            sample = output if coarse is None else coarse + output
+            sample = self.pyramid.sample(coarse, output)
             error = self.path.sample_weight(t)[:, None, None, None] * (sample - sharp)
         else:
             error = output - self.path.velocity(start, sharp, t)

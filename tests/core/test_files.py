@@ -28,7 +28,9 @@ def test_writes_and_replaces(tmp_path):
     assert names(target.parent) == ["picture.png"]
 
 
-@pytest.mark.parametrize("fault", [ValueError("x"), KeyboardInterrupt(), SystemExit(1), FileNotFoundError(2, "no", "in")])
+@pytest.mark.parametrize(
+    "fault", [ValueError("x"), KeyboardInterrupt(), SystemExit(1), FileNotFoundError(2, "no", "in")]
+)
 def test_any_exception_leaves_the_old_file_and_nothing_else(tmp_path, fault):
     target = tmp_path / "a.txt"
     target.write_text("old")
@@ -78,7 +80,7 @@ def test_a_read_only_folder(tmp_path):
 
 def test_the_target_is_a_folder_or_below_a_file(tmp_path):
     with pytest.raises(OutputError, match="is a folder"), atomic_write(tmp_path):
-        pass
+        pytest.fail("the block must not run")
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="part of its path"), atomic_write(tmp_path / "file" / "x"):
         pass

@@ -1,6 +1,7 @@
 """Metadata in PNG files: back as written, and every kind of damaged or foreign file told apart."""
 
 import json
+import re
 import struct
 import zlib
 
@@ -61,7 +62,9 @@ def test_same_values_same_bytes(tmp_path, picture):
 def test_parameters_in_the_form_of_a1111(picture):
     lines = read_text_chunks(picture)["parameters"].splitlines()
     assert lines[:3] == ["a bird, in a cage", "at night: 🐦", "Negative prompt: blurry, grey"]
-    assert lines[3].startswith(f"Steps: 8, Sampler: heun, CFG scale: 3.5, Seed: {2**64 - 1}, Size: 5x3, Model hash: ababababab")
+    assert lines[3].startswith(
+        f"Steps: 8, Sampler: heun, CFG scale: 3.5, Seed: {2**64 - 1}, Size: 5x3, Model hash: ababababab"
+    )
     assert 'Model: "nano, mine"' in lines[3]
 
 
@@ -91,7 +94,7 @@ def test_every_truncation_is_told(tmp_path, picture):
     whole = picture.read_bytes()
     for length in range(len(whole)):
         (tmp_path / "cut.png").write_bytes(whole[:length])
-        with pytest.raises(DataError, match="cut short|is empty|not a PNG"):
+        with pytest.raises(DataError, match=r"cut short|is empty|not a PNG"):
             read_metadata(tmp_path / "cut.png")
 
 
@@ -136,7 +139,7 @@ def test_foreign_files(tmp_path):
 )
 def test_damaged_json(tmp_path, text, words):
     path = png_with(tmp_path / "a.png", chunk(b"tEXt", b"physformer\0" + text.encode()))
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=re.escape(words)):
         read_metadata(path)
 
 

@@ -50,7 +50,9 @@ def test_json_file_with_every_key(tmp_path):
 
 def test_bad_lines_are_told_and_good_ones_kept(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_bytes(b'{"prompt": "one"}\n{"prompt": \n{"prompt": "\xff"}\n[1]\n{"prompt": "two", "sede": 1}\n{"prompt": "3"}')
+    path.write_bytes(
+        b'{"prompt": "one"}\n{"prompt": \n{"prompt": "\xff"}\n[1]\n{"prompt": "two", "sede": 1}\n{"prompt": "3"}'
+    )
     parsed = read_prompt_file(path)
     assert [one.prompt for one in parsed.requests] == ["one", "3"]
     assert [one.line for one in parsed.errors] == [2, 3, 4, 5]

@@ -62,6 +62,8 @@ def test_sizes(options, expected):
         ({"width": 0}, "width of 0"),
         ({"height": 10**9}, "height of 1000000000"),
         ({"res": "8k", "aspect": "4:1"}, "width of 17280"),
+        ({"res": "9" * 5000 + "x16"}, "unknown resolution"),
+        ({"aspect": "9" * 5000 + ":1"}, "not an aspect ratio"),
         ({"aspect": "16x9"}, "not an aspect ratio"),
         ({"aspect": "0:9"}, "not an aspect ratio"),
         ({"aspect": "-1:1"}, "not an aspect ratio"),
