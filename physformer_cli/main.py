@@ -6,6 +6,7 @@ Exit codes: 0 all is well, 1 the user's or the data's fault (one line and a hint
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -110,13 +111,26 @@ def _exit_code(command: object, arguments: Sequence[str] | None) -> int:
             traceback.print_exc()
         console.error(error.message, error.hint)
         return 1
-    except Exception as error:  # noqa: BLE001 - the last stop: told in one line, never hidden
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            return _unexpected(error, debug)
         if debug:
             traceback.print_exc()
-        first = next(iter(str(error).splitlines()), "")
-        console.error(f"unexpected {type(error).__name__}" + (f": {first}" if first else ""), REPORT_HINT)
+        # Files are written through `atomic_write`, which has told it already: this is redirected standard output.
+        console.error("no space left on the disk", "free some space, or send the output elsewhere")
+        _silence_stdout()
         return 1
+    except Exception as error:  # noqa: BLE001 - the last stop: told in one line, never hidden
+        return _unexpected(error, debug)
     return 0
+
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    first = next(iter(str(error).splitlines()), "")
+    console.error(f"unexpected {type(error).__name__}" + (f": {first}" if first else ""), REPORT_HINT)
+    return 1
 
 
 def _flush(code: int) -> int:

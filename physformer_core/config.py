@@ -33,8 +33,8 @@ class FlowConfig:
     coarse_noise: float = 0.05
     base_mean: float = -0.6
     base_std: float = 0.9
-    fine_mean: float = -0.3
-    fine_std: float = 1.2
+    fine_mean: float = -0.5
+    fine_std: float = 1.0
 
     def flow_path(self) -> FlowPath:
         return FlowPath(name=self.path, prediction=self.prediction, end_margin=self.end_margin)  # type: ignore[arg-type]

@@ -168,23 +168,21 @@ class PhysFormerPipeline(DiffusionPipeline):
             The prompts in order, on the transformer's device.
         """
         unique = list(dict.fromkeys(prompt))
-        tokens, masks, pooled, drop = [], [], [], []
-        longest = self.config.prompt_tokens
-        for text in unique:
-            embedded = self.prompt_encoder.encode([text if text is not None else "nothing"])
-            extra = longest - embedded.tokens_btd.shape[1]
-            tokens.append(torch.nn.functional.pad(embedded.tokens_btd, (0, 0, 0, extra)))
-            masks.append(torch.nn.functional.pad(embedded.mask_bt, (0, extra)))
-            pooled.append(embedded.pooled_bp)
-            drop.append(text is None)
+        config, longest = self.transformer.config, self.config.prompt_tokens
+        tokens = torch.zeros(len(unique), longest, config.text_dim)
+        masks = torch.zeros(len(unique), longest, dtype=torch.bool)
+        pooled = torch.zeros(len(unique), config.pooled_dim)
+        for row, text in enumerate(unique):
+            if text is not None:
+                embedded = self.prompt_encoder.encode([text], max_length=longest)
+                count = embedded.tokens_btd.shape[1]
+                tokens[row, :count], masks[row, :count] = embedded.tokens_btd[0], embedded.mask_bt[0]
+                pooled[row] = embedded.pooled_bp[0]
+        drop = torch.tensor([text is None for text in unique])
         device = self.transformer.device
-        used = max(int(mask.sum()) for mask in masks)
-        width = max(used, self.transformer.config.null_tokens)
+        width = max(int(masks.sum(1).max()), config.null_tokens)
         encoded = self.transformer.encode_prompt(
-            torch.cat(tokens)[:, :width].to(device),
-            torch.cat(masks)[:, :width].to(device),
-            torch.cat(pooled).to(device),
-            torch.tensor(drop, device=device),
+            tokens[:, :width].to(device), masks[:, :width].to(device), pooled.to(device), drop.to(device)
         )
         return encoded.repeat(torch.tensor([unique.index(text) for text in prompt], device=device))
 

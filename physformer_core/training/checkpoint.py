@@ -1,7 +1,8 @@
 """Checkpoints: a folder that is whole or absent, with the averaged weights in diffusers' layout and the run's state.
 
     step-00001000/
-        transformer/        averaged weights, loadable by itself
+        model_index.json    makes the folder a pipeline: generate, eval and quantize read it as it is
+        transformer/        averaged weights
         state.safetensors   training weights and optimizer state
         state.json          step, configuration, data
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from physformer_core.errors import CheckpointError
 from physformer_core.files import output_error
-from physformer_core.model.transformer import PhysFormerTransformer2DModel
+from physformer_core.pipeline import PhysFormerPipeline
 from physformer_core.training.ema import WeightAverage
 from physformer_core.training.optimizer import Optimizer
 
@@ -60,7 +61,7 @@ class TrainingState:
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: PhysFormerTransformer2DModel,
+    pipeline: PhysFormerPipeline,
     optimizer: Optimizer,
     ema: WeightAverage,
     metadata: dict[str, Any],
@@ -70,18 +71,21 @@ def save_checkpoint(
 ) -> Path:
     """Writes the checkpoint of ``step`` under ``folder`` and deletes the ones that are no longer kept.
 
+    ``pipeline`` holds the model that is trained; what it saves are the averaged weights.
+
     Raises:
         OutputError: If the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
     target = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.partial"
+    model = pipeline.transformer
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         ema.swap_in(model)
         try:
-            model.save_pretrained(temporary / "transformer", max_shard_size="100GB")
+            pipeline.save_pretrained(temporary, max_shard_size="100GB")
         finally:
             ema.swap_out(model)
         tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}

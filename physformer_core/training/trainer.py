@@ -7,6 +7,7 @@ run is its step, its weights, their average and the optimizer's state. There is 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
@@ -22,6 +23,7 @@ from physformer_core.data.loader import Batch, BatchStream, ShardSet
 from physformer_core.errors import CheckpointError, ConfigError, PhysFormerError
 from physformer_core.hardware import has_fast_bfloat16, resolve_device, resolve_dtype
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
+from physformer_core.pipeline import PhysFormerPipeline
 from physformer_core.training.checkpoint import list_checkpoints, load_training_state, save_checkpoint
 from physformer_core.training.ema import WeightAverage
 from physformer_core.training.objective import FlowObjective
@@ -111,6 +113,12 @@ class Trainer:
             base_density=base_density,
             fine_density=fine_density,
             prompt_dropout=train.prompt_dropout,
+        )
+        self.pipeline = PhysFormerPipeline(
+            self.model,
+            text_encoder_name=self.shards.encoder["name"],
+            flow=dataclasses.asdict(config.flow),
+            prompt_tokens=self.shards.max_tokens,
         )
         self.step = 0
         self.skipped = 0
@@ -285,7 +293,7 @@ class Trainer:
         return save_checkpoint(
             self.checkpoint_dir,
             self.step,
-            self.model,
+            self.pipeline,
             self.optimizer,
             self.ema,
             metadata,

@@ -169,8 +169,23 @@ def test_ctrl_c_leaves_no_half_file_and_a_record(tmp_path, number, code):
     assert 'status = "interrupted"' in (tmp_path / "physformer.toml").read_text()
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_to_a_full_disk(unbuffered):
+    with open("/dev/full", "w") as full:
+        ending = subprocess.run(
+            ["physformer", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    assert ending.returncode == 1 and ending.stderr.startswith("error: ") and ending.stderr.count("\n") <= 2
+    assert "o space left" in ending.stderr and "unexpected" not in ending.stderr
+
+
 @pytest.mark.parametrize("length", [10, 10**7])  # found closed at the flush, and in the middle
-def test_a_closed_pipe_is_quiet(length):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_is_quiet(length, unbuffered):
     code = (
         "import sys; from physformer_cli import main\n"
         "def spew():\n"
@@ -179,7 +194,9 @@ def test_a_closed_pipe_is_quiet(length):
         "main.app.command()(spew); main.run()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", code, "spew"], **pipes)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "spew"], env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, **pipes
+    )
     process.stdout.close()
     process.stdin.close()  # only now does it print
     assert process.stderr.read() == b""
