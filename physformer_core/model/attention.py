@@ -44,7 +44,7 @@ from physformer_core.model.geometry import (
 
 Backend = Literal["auto", "reference", "dense", "halo"]
 
-DENSE_TOKENS = 320
+DENSE_TOKENS = 512
 """Fields up to this many tokens take one dense call (measured: see docs/performance.md)."""
 
 FLAT_SIGMA = 12.0
@@ -187,8 +187,8 @@ def halo_attention(
     (lead_y, lead_x), text_tokens = grid.lead, 0 if text is None else text.key.shape[2]
     tail_y, tail_x = blocks_y * block - lead_y - height, blocks_x * block - lead_x - width
 
-    window_keys = window * window + text_tokens
-    row_bytes = batch * blocks_x * window_keys * heads * head_dim * 2 * value.element_size()
+    cells = window * window
+    row_bytes = batch * blocks_x * (cells + text_tokens) * heads * head_dim * 2 * value.element_size()
     rows_at_once = blocks_y if torch.is_grad_enabled() else max(1, min(blocks_y, CHUNK_WINDOW_BYTES // row_bytes))
 
     query = F.pad(query, (0, 0, 0, 0, lead_x, tail_x, lead_y, tail_y))
@@ -196,11 +196,18 @@ def halo_attention(
     key, value = F.pad(key, halo), F.pad(value, halo)
 
     window_yx = window_coordinates(window, window, query.device)
-    inner = slice(radius, radius + block)
-    q_geometry = query_geometry(
-        window_yx[inner, inner].reshape(-1, 2), transport.drift_hc, transport.sigma_h, query.dtype
-    )
+    own = window_yx[radius : radius + block, radius : radius + block].reshape(-1, 2)
+    q_geometry = query_geometry(own, transport.drift_hc, transport.sigma_h, query.dtype).transpose(0, 1)
     inside = F.pad(torch.ones(height, width, dtype=torch.bool, device=query.device), halo[4:])
+
+    # Windows are copied straight into the tensors that attention reads. With gradients there is one chunk, so that
+    # nothing autograd has saved is overwritten.
+    content = key.shape[-1]
+    keys = key.new_empty(batch, rows_at_once, blocks_x, cells + text_tokens, heads, head_dim)
+    values = value.new_empty(keys.shape)
+    if text is not None:
+        keys[:, :, :, cells:] = text.key.transpose(1, 2)[:, None, None]
+        values[:, :, :, cells:] = text.value.transpose(1, 2)[:, None, None]
     outputs = []
     for first in range(0, blocks_y, rows_at_once):
         count = min(rows_at_once, blocks_y - first)
@@ -208,30 +215,27 @@ def halo_attention(
         halo_rows = slice(first * block, (first + count) * block + 2 * radius)
         number = batch * count * blocks_x
 
-        q = query[:, rows].unflatten(1, (count, block)).unflatten(3, (blocks_x, block))
-        q = q.permute(0, 1, 3, 5, 2, 4, 6).reshape(number, heads, block * block, -1)
-        q = torch.cat([q, q_geometry[None].expand(number, -1, -1, -1)], dim=-1)
+        q = query[:, rows].unflatten(1, (count, block)).unflatten(3, (blocks_x, block)).transpose(2, 3)
+        q = torch.cat([q.flatten(3, 4), q_geometry.expand(batch, count, blocks_x, -1, -1, -1)], dim=-1)
 
-        k, v = (
-            t[:, halo_rows].unfold(1, window, block).unfold(2, window, block).permute(0, 1, 2, 3, 5, 6, 4)
-            for t in (key, value)
-        )
-        valid = inside[halo_rows].unfold(0, window, block).unfold(1, window, block).reshape(count, blocks_x, -1)
-        k_geometry = key_geometry(window_yx.reshape(-1, 2), key.dtype, valid)
-        k_geometry = k_geometry[None, :, :, None].expand(batch, -1, -1, heads, -1, -1)
-        k = torch.cat([k.flatten(4, 5), k_geometry], dim=-1)
-        v = v.flatten(4, 5)
-        if text is not None:
-            spread = (batch, count, blocks_x, heads, text_tokens, head_dim)
-            k = torch.cat([k, text.key[:, None, None].expand(spread)], dim=4)
-            v = torch.cat([v, text.value[:, None, None].expand(spread)], dim=4)
+        valid = inside[halo_rows].unfold(0, window, block).unfold(1, window, block).reshape(count, blocks_x, cells)
+        k, v = keys[:, :count], values[:, :count]
+        k[:, :, :, :cells, :, content:] = key_geometry(window_yx.reshape(-1, 2), key.dtype, valid)[None, :, :, :, None]
+        k[:, :, :, :cells, :, :content].unflatten(3, (window, window)).copy_(_windows(key[:, halo_rows], grid))
+        v[:, :, :, :cells].unflatten(3, (window, window)).copy_(_windows(value[:, halo_rows], grid))
         out = F.scaled_dot_product_attention(
-            q, k.reshape(number, heads, window_keys, -1), v.reshape(number, heads, window_keys, -1), scale=1.0
+            *(t.reshape(number, -1, heads, head_dim).transpose(1, 2) for t in (q, k, v)), scale=1.0
         )
-        out = out.reshape(batch, count, blocks_x, heads, block, block, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
+        out = out.transpose(1, 2).reshape(batch, count, blocks_x, block, block, heads, head_dim).transpose(2, 3)
         outputs.append(out.reshape(batch, count * block, blocks_x * block, heads, head_dim))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return output[:, lead_y : lead_y + height, lead_x : lead_x + width].flatten(1, 2)
+
+
+def _windows(rows: Tensor, grid: BlockGrid) -> Tensor:
+    """Overlapping windows [B, ny, nx, window, window, heads, D] of padded rows [B, H, W, heads, D], as a view."""
+    windows = rows.unfold(1, grid.window, grid.block).unfold(2, grid.window, grid.block)
+    return windows.permute(0, 1, 2, 5, 6, 3, 4)
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {

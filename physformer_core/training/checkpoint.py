@@ -81,7 +81,7 @@ def save_checkpoint(
     model = pipeline.transformer
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _sweep(folder)
         temporary.mkdir()
         ema.swap_in(model)
         try:
@@ -97,19 +97,74 @@ def save_checkpoint(
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
         temporary.rename(target)
-    except OSError as error:
+        _sync_folder(folder)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise output_error(target, error) from error
-    except SafetensorError as error:  # safetensors reports a full disk as its own error
+        fault = error if isinstance(error, OSError) else _system_error(error)
+        if fault is None:
+            raise
+        raise output_error(target, fault) from error
+    except BaseException:  # Ctrl-C for the second time
         shutil.rmtree(temporary, ignore_errors=True)
-        raise output_error(target, OSError(28, str(error))) from error
+        raise
     kept = list_checkpoints(folder)
     for path in kept[:-keep_last]:
         if not keep_every or step_of(path) % keep_every:
-            shutil.rmtree(path)
+            _remove(path)
     return target
+
+
+def set_aside(folder: Path, after_step: int) -> Path | None:
+    """Moves the checkpoints after a step out of the way of a run that starts again from there.
+
+    Otherwise the newest checkpoint of the run would be one that it did not write.
+
+    Returns:
+        The folder they are in now, beside ``folder``, or None if there were none.
+    """
+    later = [path for path in list_checkpoints(folder) if step_of(path) > after_step]
+    if not later:
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-earlier-{number}")).exists():
+        number += 1
+    try:
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+    except OSError as error:
+        raise output_error(aside, error) from error
+    return aside
+
+
+def _remove(path: Path) -> None:
+    """Deletes a checkpoint; killed in the middle, it leaves nothing that looks like one."""
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _sweep(folder: Path) -> None:
+    """Deletes what a killed process left half-written or half-deleted."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _system_error(error: SafetensorError) -> OSError | None:
+    """The operating system's error that safetensors tells of in words only: "... (os error 28)"."""
+    match = re.search(r"os error (\d+)", str(error))
+    return OSError(int(match.group(1)), os.strerror(int(match.group(1)))) if match else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

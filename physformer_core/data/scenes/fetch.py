@@ -7,10 +7,11 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from physformer_core.data.scenes.composer import compose_scene
 from physformer_core.errors import DataError
-from physformer_core.files import atomic_write, sha256_file
+from physformer_core.files import atomic_write, output_error, sha256_file
 
 RAW_FORMAT = "physformer-raw/1"
 
@@ -63,6 +64,19 @@ def _finished(path: Path, job: tuple[str, int, int, int, float | None]) -> bool:
     return note["job"] == [SCENES_VERSION, *job[1:]] and note["sha256"] == sha256_file(path)
 
 
+def _read_manifest(path: Path, source: dict[str, object]) -> dict[str, Any] | None:
+    """The manifest of a finished set of this very source, or None if there is no set yet."""
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}", hint="delete it and fetch again: what is there is kept") from error
+    if not isinstance(manifest, dict) or manifest.get("source") != source:
+        raise DataError(f"{path.parent} already holds another set", hint="choose an empty folder, or delete this one")
+    return manifest
+
+
 def fetch_scenes(
     output_dir: str | Path,
     *,
@@ -75,14 +89,16 @@ def fetch_scenes(
 ) -> dict[str, object]:
     """Composes scenes and writes them as a RAW set.
 
-    A run that was interrupted goes on where it stopped. The files don't depend on ``workers``.
+    A run that was interrupted goes on where it stopped, and files that a finished set has lost are made again. The
+    files don't depend on ``workers``.
 
     Args:
         output_dir: Folder of the set; made if missing.
         count: How many scenes.
         seed: Number of the collection.
         aspect: Width divided by height of all scenes; drawn for each by default.
-        progress: Called with (scenes done, scenes in all) after every file.
+        progress: Called with (scenes done, scenes in all) before the first and after every file; not at all if the
+            set is there already.
         workers: Processes that compose.
         rows_per_file: Scenes in a file.
 
@@ -91,21 +107,22 @@ def fetch_scenes(
 
     Raises:
         DataError: If a number is out of range, or the folder holds another set.
+        OutputError: If the folder cannot be written.
     """
     if count < 1 or workers < 1 or rows_per_file < 1:
         raise DataError(
             f"count, workers and rows per file must be positive, got {count}, {workers} and {rows_per_file}"
         )
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder / "manifest.json", error) from error
     options = {"aspect": aspect, "rows_per_file": rows_per_file, "version": SCENES_VERSION}
     source = {"name": "scenes", "seed": seed, "count": count, "options": options}
     manifest_path = folder / "manifest.json"
-    if manifest_path.exists():
-        manifest = json.loads(manifest_path.read_text("utf-8"))
-        if manifest.get("source") != source:
-            raise DataError(f"{folder} already holds another set", hint="choose an empty folder, or delete this one")
-        return manifest
+    known = _read_manifest(manifest_path, source)
+    hashes = {entry["name"]: entry["sha256"] for entry in known["files"]} if known is not None else {}
     jobs = [
         (str(folder / f"examples-{number:05d}.parquet"), seed, start, min(start + rows_per_file, count), aspect)
         for number, start in enumerate(range(0, count, rows_per_file))
@@ -113,10 +130,14 @@ def fetch_scenes(
     done = 0
     waiting = []
     for job in jobs:
-        if _finished(Path(job[0]), job):
+        path = Path(job[0])
+        listed = path.name in hashes and path.exists() and sha256_file(path) == hashes[path.name]
+        if listed or _finished(path, job):
             done += job[3] - job[2]
         else:
             waiting.append(job)
+    if known is not None and not waiting:
+        return known
 
     def note(path: str, rows: int) -> None:
         nonlocal done
