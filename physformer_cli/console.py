@@ -123,26 +123,29 @@ class ProgressTask:
         total: How many units there are; None while unknown.
         unit: What is counted, for the rate: "steps".
         bars: Rich's display, or None for plain lines.
+        done: How many units an earlier run did: they do not count for the rate.
     """
 
-    def __init__(self, description: str, total: int | None, unit: str, bars: Progress | None) -> None:
+    def __init__(self, description: str, total: int | None, unit: str, bars: Progress | None, done: int = 0) -> None:
         self._description = description
         self._total = total
         self._unit = unit
-        self._done = 0
+        self._done = self._before = done
         self._started = self._printed = time.monotonic()
         self._bars = bars
-        self._task: TaskID | None = bars.add_task(description, total=total, unit=unit) if bars is not None else None
+        self._task: TaskID | None = None
+        if bars is not None:
+            self._task = bars.add_task(description, total=total, unit=unit, completed=done)
 
     def update(self, done: int, total: int | None = None) -> None:
         """Sets how many units are done, and how many there are if that has become known."""
-        self._done = done
+        changed, self._done = done != self._done, done
         self._total = total if total is not None else self._total
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=done, total=self._total)
             return
         now = time.monotonic()
-        finished = self._total is not None and done >= self._total
+        finished = changed and self._total is not None and done >= self._total
         if finished or now - self._printed >= _PLAIN_INTERVAL_SECONDS:
             self._printed = now
             say(self._line(now))
@@ -158,7 +161,7 @@ class ProgressTask:
             self._bars.update(self._task, description=description)
 
     def _line(self, now: float) -> str:
-        rate = self._done / max(now - self._started, 1e-9)
+        rate = (self._done - self._before) / max(now - self._started, 1e-9)
         parts = [f"{self._description}: {self._done}" + (f"/{self._total}" if self._total is not None else "")]
         parts.append(f"{rate:.3g} {self._unit}/s")
         if self._total is not None and self._done < self._total and rate > 0:
@@ -171,11 +174,11 @@ def progress() -> Iterator[Callable[..., ProgressTask]]:
     """Shows progress bars with rate and time left, or a line every ten seconds where there is no terminal.
 
     Yields:
-        `add(description, total=None, unit="steps") -> ProgressTask`. A task's `update` takes (done, total) and can be
-        handed to the core as a progress callback as it is.
+        `add(description, total=None, unit="steps", done=0) -> ProgressTask`. A task's `update` takes (done, total) and
+        can be handed to the core as a progress callback as it is.
     """
     if not stderr().is_terminal:
-        yield lambda description, total=None, unit="steps": ProgressTask(description, total, unit, None)
+        yield lambda description, total=None, unit="steps", done=0: ProgressTask(description, total, unit, None, done)
         return
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -196,7 +199,7 @@ def progress() -> Iterator[Callable[..., ProgressTask]]:
         console=stderr(),
     )
     with bars:
-        yield lambda description, total=None, unit="steps": ProgressTask(description, total, unit, bars)
+        yield lambda description, total=None, unit="steps", done=0: ProgressTask(description, total, unit, bars, done)
 
 
 def _labelled(label: str, style: str, message: str) -> None:

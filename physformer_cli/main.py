@@ -25,7 +25,11 @@ from physformer_core.version import __version__
 # In the order of the help page. Each has `register(app)`, and imports nothing heavier than typer at its top: the core
 # is imported inside the functions, so that every help page is there at once.
 COMMAND_MODULES = (
+    "physformer_cli.generate",
+    "physformer_cli.data",
+    "physformer_cli.train",
     "physformer_cli.bench",
+    "physformer_cli.export",
     "physformer_cli.info",
     "physformer_cli.runs",
 )

@@ -26,7 +26,7 @@ RunArgument = Annotated[
 def register(app: typer.Typer) -> None:
     """Adds the commands to the application."""
     app.command()(init)
-    app.add_typer(runs_app, name="runs", help="List recorded runs, show one, or run it again and compare the bytes.")
+    app.add_typer(runs_app, name="runs", help="List recorded runs, show one, plot one, or run it again.")
 
 
 def init(
@@ -156,6 +156,38 @@ def replay(
         typer.echo(f"{'agrees' if agree else 'does not agree'}: {good} of {len(compared)} outputs have the same bytes")
     if not agree:
         raise typer.Exit(3)
+
+
+@runs_app.command("plot")
+def plot(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a training run, with its log.jsonl.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file to write.")] = Path("loss.png"),
+    as_json: console.JsonOption = False,
+) -> None:
+    """Draw a training run's losses, also while it is running.
+
+    [bold]Examples[/bold]
+
+      physformer runs plot runs/nano
+
+      physformer runs plot runs/nano --output nano-loss.png
+    """
+    from physformer_core.errors import OutputError
+    from physformer_core.files import atomic_write, next_free_name
+    from physformer_core.training.curves import draw_curves, read_curves
+
+    if output.suffix.lower() != ".png":
+        raise OutputError(f"a plot is a PNG file, not {output.name!r}", hint=f"--output {output.with_suffix('.png')}")
+    curves = read_curves(run_dir / "log.jsonl")
+    picture = draw_curves(curves, title=str(run_dir) if run_dir.name else run_dir.absolute().name)
+    name = next_free_name(output)
+    with atomic_write(name) as temporary:
+        picture.save(temporary, "PNG")
+    last = {("validation_" if curve.validation else "") + curve.kind: float(curve.losses[-1]) for curve in curves}
+    if as_json:
+        console.print_json({"output": str(name), "step": int(max(curve.steps[-1] for curve in curves)), "losses": last})
+    else:
+        console.say(f"wrote {name}")
 
 
 def _one_line(text: str) -> str:

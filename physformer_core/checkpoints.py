@@ -163,7 +163,8 @@ def load_pipeline(
             f"{found.folder / _INDEX} has a flow that this version does not know: {_first_line(error)}",
             hint="it may come from a later version: pip install --upgrade physformer",
         ) from error
-    transformer = _load_transformer(found, dtype or torch.float32).to(device)
+    transformer = _load_transformer(found, dtype or torch.float32)
+    transformer.to(device)  # type: ignore[arg-type]  # diffusers wraps it, and hides its signature
     if compile:
         _compile(transformer, device)
     return PhysFormerPipeline(

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from physformer_core.errors import CheckpointError, ConfigError
@@ -63,12 +64,16 @@ class AutoencoderCodec(Codec):
         self.shift = float(config.get("shift_factor") or 0.0)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        encoded = self.model.encode(pictures)
+        encoded = self._model_for(pictures).encode(pictures)
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return (latents - self.shift) * self.scale
 
     def decode(self, field: Tensor) -> Tensor:
-        return self.model.decode(field / self.scale + self.shift).sample.clamp(-1, 1)
+        return self._model_for(field).decode(field / self.scale + self.shift).sample.clamp(-1, 1)
+
+    def _model_for(self, tensor: Tensor) -> torch.nn.Module:
+        """The autoencoder, where the field is: the transformer's device may have changed since it was loaded."""
+        return self.model.to(tensor.device)
 
 
 def load_codec(name: str = "pixels") -> Codec:
@@ -90,9 +95,16 @@ def load_codec(name: str = "pixels") -> Codec:
         except (OSError, ValueError) as error:
             reasons.append(str(error).splitlines()[0])
             continue
-        kind = config["_class_name"]
+        kind = config.get("_class_name", "model that is no autoencoder")
         if kind not in classes:
             raise ConfigError(f"'{name}' holds a {kind}", hint="known codecs: pixels, " + ", ".join(classes))
-        return AutoencoderCodec(name, classes[kind].from_pretrained(name, subfolder=subfolder or None))
+        try:
+            model = classes[kind].from_pretrained(name, subfolder=subfolder or None, use_safetensors=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"cannot read the weights of codec '{name}' ({reason})", hint="fetch or copy them again"
+            ) from error
+        return AutoencoderCodec(name, model)
     where = "is empty or has no config.json" if Path(name).exists() else "is no folder, and the hub did not answer"
     raise CheckpointError(f"cannot load codec '{name}': it {where} ({reasons[0]})", hint="'pixels' needs no download")

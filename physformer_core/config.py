@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -102,7 +103,15 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "keep_last", "validate_every", "log_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "checkpoint_every",
+            "keep_last",
+            "validate_every",
+            "validation_batches",
+            "log_every",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("crop_fraction", "prompt_dropout", "warmup_fraction"):
@@ -110,8 +119,21 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be within 0 and 1, not {getattr(self, name)}")
         if not 0 < self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be within 0 and 1, not {self.ema_decay}")
-        if self.lr <= 0 or self.muon_lr <= 0 or self.grad_clip <= 0:
-            raise ConfigError("lr, muon_lr and grad_clip must be above 0")
+        for name in ("lr", "muon_lr", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("weight_decay", "keep_every", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be within 0 and 1, not {getattr(self, name)}")
+        if self.optimizer not in ("muon", "adamw"):
+            raise ConfigError(f"unknown optimizer '{self.optimizer}'", hint="muon or adamw")
+        if self.dtype == "fp16":
+            raise ConfigError("training in fp16 would need its losses scaled, which is not built", hint="bf16 or fp32")
+        if self.dtype not in ("auto", "fp32", "bf16"):
+            raise ConfigError(f"unknown dtype '{self.dtype}'", hint="auto, fp32 or bf16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,7 +203,10 @@ def load_preset(name: str) -> RunConfig:
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"no configuration file '{name}'", hint="or a preset: " + ", ".join(preset_names()))
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read '{name}': {error}") from error
     else:
         if name not in preset_names():
             raise ConfigError(f"unknown preset '{name}'", hint="one of " + ", ".join(preset_names()))

@@ -76,7 +76,7 @@ class OutputNames:
         values = {"prompt": slug(prompt), "seed": seed, "index": index, "number": number}
         try:
             path = Path(pattern.format(**values, width=width, height=height))
-        except (ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, LookupError, AttributeError) as error:  # a field within a format
             raise OutputError(f"the output pattern {pattern!r} is malformed: {error}", hint=_PATTERN_HINT) from error
         if len(os.fsencode(path.name)) > _MAX_NAME_BYTES:
             raise OutputError(f"the file name {path.name[:60]}... is too long", hint=f"at most {_MAX_NAME_BYTES} bytes")

@@ -149,6 +149,8 @@ class PhysFormerPipeline(DiffusionPipeline):
         """
         if height < 1 or width < 1:
             raise SizeError(f"a picture of {width}x{height} pixels cannot be drawn", hint="e.g. width=1280, height=720")
+        if not prompt:
+            raise PromptError("there is no prompt", hint='say what to draw, e.g. "a bird in a cage"')
         if len(seeds) != len(prompt):
             raise PromptError(f"{len(prompt)} prompts but {len(seeds)} seeds", hint="give one seed per picture")
         for text in [*prompt, *(negative_prompt or [])]:
@@ -271,6 +273,17 @@ class PhysFormerPipeline(DiffusionPipeline):
         """Flows one level from its start to its sharp field [B, C, padded_height, padded_width]."""
         pyramid, path, device = self.pyramid, self.flow.flow_path(), self.transformer.device
         batch = len(seeds)
+        if settings.name == "adaptive" and batch > 1:
+            # Its steps follow the worst picture of a batch: one by one, no picture depends on its company.
+            alone = [
+                self._run_level(
+                    size, levels, None if previous is None else previous[k : k + 1], [seeds[k]], [indices[k]],
+                    conditional.repeat(torch.tensor([k], device=device)),
+                    unconditional.repeat(torch.tensor([k], device=device)), guidance, settings, on_step,
+                )
+                for k in range(batch)
+            ]  # fmt: skip
+            return torch.cat(alone)
         noise = self.prepare_noise(size, seeds, indices, "start").to(device)
         coarse = shown = None
         if previous is not None:

@@ -35,7 +35,7 @@ class Setting:
     path: bool = False
 
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 SETTINGS: dict[str, dict[str, Setting]] = {
     "generate": {
@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "seed": Setting(int, 7, "the first picture's seed"),
         "output": Setting(str, "outputs/", "a file, a folder or a pattern", path=True),
         "device": Setting(str, "cpu", "cpu, cuda, cuda:1, mps"),
-        "dtype": Setting(str, "float32", "number format", choices=_DTYPES),
+        "dtype": Setting(str, "fp32", "number format: auto, fp32, bf16, fp16", choices=_DTYPES),
         "compile": Setting(bool, False, "compile the network first; pays off for many pictures"),
     },
     "data": {
@@ -62,9 +62,18 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "seed": Setting(int, 0, "the seed of composed scenes"),
     },
     "train": {
+        "preset": Setting(str, "nano", "the configuration that the keys below change"),
+        "data_dir": Setting(str, "data/nano", "a set made by data preprocess", path=True),
+        "output": Setting(str, "runs/nano", "the run's folder", path=True),
+        "steps": Setting(int, 20_000, "steps of the optimizer"),
+        "batch_size": Setting(int, 96, "examples per step"),
+        "lr": Setting(float, 6e-4, "peak learning rate of AdamW"),
+        "muon_lr": Setting(float, 1e-3, "peak learning rate of Muon"),
+        "crop_fraction": Setting(float, 0.25, "share of steps on crops of finer levels"),
+        "checkpoint_every": Setting(int, 500, "steps between checkpoints"),
         "seed": Setting(int, 0, "the seed of weights, noise and the order of the data"),
         "device": Setting(str, "cuda", "cpu, cuda, mps"),
-        "dtype": Setting(str, "bfloat16", "number format of the arithmetic", choices=_DTYPES),
+        "dtype": Setting(str, "bf16", "number format of the arithmetic", choices=_DTYPES[:3]),
         "compile": Setting(bool, True, "compile the network first"),
     },
 }

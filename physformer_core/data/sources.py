@@ -52,7 +52,11 @@ SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
         Source(
-            "scenes", "captioned scenes composed of Twemoji's vector art, without end", fetch_scenes, "scenes", ("aspect",)
+            "scenes",
+            "captioned scenes composed of Twemoji's vector art",
+            fetch_scenes,
+            "scenes",
+            ("aspect",),
         ),
     )
 }

@@ -22,7 +22,11 @@ Prediction = Literal["sample", "velocity"]
 
 PATHS: tuple[PathName, ...] = ("linear", "cosine", "quadratic", "vp")
 VP_SHARPNESS = 3.0
-"""Exponent of the ``vp`` path's noise schedule: b(t)^2 = exp(-VP_SHARPNESS t^2), made to end at 0."""
+"""Exponent of the ``vp`` path's noise schedule: b(t) = exp(-VP_SHARPNESS t^2 / 2), made to end at 0. (Were b^2 made to
+end at 0, b would fall with an infinite slope there, and a sampler's last step would leave noise behind.)"""
+
+LAST_MOMENT = 1e-4
+"""Distance to t = 1 below which `FlowPath.velocity_of_sample` takes the velocity of that distance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,7 @@ class FlowPath:
         name: ``linear`` (a = t, b = 1 - t), ``cosine`` (a = sin, b = cos of pi t / 2), ``quadratic`` (a = t^2,
             b = (1 - t)^2) or ``vp`` (variance preserving, a^2 + b^2 = 1, with a squared-exponential schedule).
         prediction: ``sample`` (the network returns x1) or ``velocity``.
-        end_margin: Distance to t = 1 below which a velocity is no longer derived from a sample by division.
+        end_margin: Distance to t = 1 below which the weight of a sample's error in the loss grows no more.
     """
 
     name: PathName = "linear"
@@ -57,13 +61,13 @@ class FlowPath:
             return angle.sin(), angle.cos(), math.pi / 2 * angle.cos(), -math.pi / 2 * angle.sin()
         if self.name == "quadratic":
             return t.square(), (1 - t).square(), 2 * t, -2 * (1 - t)
-        tail = math.exp(-VP_SHARPNESS)
-        square_b = (torch.exp(-VP_SHARPNESS * t.square()) - tail) / (1 - tail)
-        slope = -2 * VP_SHARPNESS * t * torch.exp(-VP_SHARPNESS * t.square()) / (1 - tail)
-        # Both roots are kept away from 0, where their slopes are unbounded and no sample is ever drawn.
-        b = square_b.clamp_min(1e-8).sqrt()
-        a = (1 - square_b).clamp_min(1e-8).sqrt()
-        return a, b, -slope / (2 * a), slope / (2 * b)
+        t = t.clamp_min(1e-6)  # the slope of a is finite at 0, but 0 / 0 as it is written
+        rest = 1 - math.exp(-VP_SHARPNESS / 2)
+        distance = -torch.expm1(-VP_SHARPNESS / 2 * t.square()) / rest  # 1 - b, without cancellation near t = 0
+        b = 1 - distance
+        a = (distance * (1 + b)).sqrt()
+        slope_b = -VP_SHARPNESS * t * torch.exp(-VP_SHARPNESS / 2 * t.square()) / rest
+        return a, b, -b * slope_b / a, slope_b
 
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         """z_t for fields [B, C, H, W] and times [B]."""
@@ -78,22 +82,24 @@ class FlowPath:
     def velocity_of_sample(self, sample: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """The velocity at z_t = z if the path ended in ``sample``.
 
-        Inside ``end_margin`` of t = 1 the division is by the margin: the step that is left is shorter than it.
+        The division by what is left of the path is exact up to `LAST_MOMENT` of its end: a step is never longer
+        than what is left, so it does no harm, and a margin as in the loss would leave noise in the picture.
         """
-        a, b, slope_a, slope_b = self.coefficients(t)
-        _, b_margin, _, _ = self.coefficients(torch.full_like(t, 1 - self.end_margin))
-        b_safe = torch.maximum(b, b_margin)
-        gain = (slope_a - slope_b * a / b_safe)[:, None, None, None]
-        return gain * sample + (slope_b / b_safe)[:, None, None, None] * z
+        a, b, slope_a, slope_b = self.coefficients(t.clamp(max=1 - LAST_MOMENT))
+        gain = (slope_a - slope_b * a / b)[:, None, None, None]
+        return gain * sample + (slope_b / b)[:, None, None, None] * z
 
     def sample_weight(self, t: Tensor) -> Tensor:
-        """Factor [B] by which an error of the sample shows in the velocity: the square root of the v-loss weight."""
+        """Factor [B] by which an error of the sample shows in the velocity: the square root of the v-loss weight.
+
+        Inside ``end_margin`` of t = 1 the division is by the margin, so that the weight stays bounded.
+        """
         a, b, slope_a, slope_b = self.coefficients(t)
         _, b_margin, _, _ = self.coefficients(torch.full_like(t, 1 - self.end_margin))
         return slope_a - slope_b * a / torch.maximum(b, b_margin)
 
     def sample_of_velocity(self, velocity: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """The data that a path through z with this velocity ends in."""
+        """The data that a path through z with this velocity ends in, for t within (0, 1)."""
         a, b, slope_a, slope_b = (c[:, None, None, None] for c in self.coefficients(t))
         return (b * velocity - slope_b * z) / (slope_a * b - slope_b * a)
 

@@ -286,6 +286,7 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = PhysFormerAttnProcessor
     _available_processors = [PhysFormerAttnProcessor]
+    _supports_qkv_fusion = False  # queries and keys are narrower than values
 
     def __init__(
         self, dim: int, num_heads: int, text_dim: int, max_drift: float, max_sigma: float, drift: bool = True
@@ -328,6 +329,8 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
         query = self.norm_q(self.to_q(hidden_states).unflatten(-1, (self.heads, -1))) * self.content_dim**-0.5
         key = self.norm_k(self.to_k(hidden_states).unflatten(-1, (self.heads, -1)))
         value = self.to_v(hidden_states).unflatten(-1, (self.heads, -1))
+        # CUDA's autocast norms in float32. The geometry must be split for the dtype that attention will run in.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         split = [self.rotary_dim, self.content_dim - self.rotary_dim]
         cos, sin = cos.to(query.dtype), sin.to(query.dtype)
 
@@ -347,6 +350,7 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
         batch, tokens, _ = text_states.shape
         content = self.norm_added_k(self.add_k_proj(text_states).unflatten(-1, (self.heads, -1))).transpose(1, 2)
         value = self.add_v_proj(text_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        content = content.to(value.dtype)
         altitude = self.text_altitude.float()[None, :, None].expand(batch, -1, tokens)
         altitude = torch.where(mask[:, None], altitude, -FAR).to(content.dtype)
         # One altitude in the pair of slots that the query multiplies by 1/sigma^2 (its high and its low part).

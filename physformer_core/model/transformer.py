@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from physformer_core.errors import ConfigError
 from physformer_core.model.attention import (
     BACKENDS,
+    FLAT_SIGMA,
     AttentionPlan,
     Backend,
     PhysFormerAttention,
@@ -300,6 +301,12 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             )
         if block_size % 2 or radius < 1 or block_size + 2 * radius > 32:
             raise ConfigError("block_size must be even, radius at least 1, and block_size + 2 radius at most 32")
+        if max_drift <= 1 or not 0.3 < max_sigma <= FLAT_SIGMA:
+            # Drifts start one token long; a wider kernel would let keys that are meant to be far away shine through.
+            raise ConfigError(
+                f"max_drift {max_drift} or max_sigma {max_sigma} is out of range",
+                hint=f"max_drift must be above 1, max_sigma above 0.3 and at most {FLAT_SIGMA:g}",
+            )
         if residual not in ("rotation", "plain"):
             raise ConfigError(f"unknown residual '{residual}'", hint="'rotation' or 'plain'")
         self.patch_embed = PhysFormerPatchEmbed(in_channels, patch_size, hidden_size, bottleneck)

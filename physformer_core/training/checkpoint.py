@@ -1,10 +1,10 @@
 """Checkpoints: a folder that is whole or absent, with the averaged weights in diffusers' layout and the run's state.
 
-    step-00001000/
-        model_index.json    makes the folder a pipeline: generate, eval and quantize read it as it is
-        transformer/        averaged weights
-        state.safetensors   training weights and optimizer state
-        state.json          step, configuration, data
+step-00001000/
+    model_index.json    makes the folder a pipeline: generate, eval and quantize read it as it is
+    transformer/        averaged weights
+    state.safetensors   training weights and optimizer state
+    state.json          step, configuration, data
 """
 
 from __future__ import annotations
@@ -172,6 +172,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if _STEP.fullmatch(p.name) and (p / "state.json").is_file())
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The checkpoint itself, or the newest one of a run's folder."""
+    found = list_checkpoints(path / "checkpoints")
+    return found[-1] if found else path
 
 
 def step_of(path: Path) -> int:

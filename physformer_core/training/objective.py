@@ -39,9 +39,7 @@ class FlowObjective:
     fine_density: TimeDensity
     prompt_dropout: float
 
-    def __call__(
-        self, model: PhysFormerTransformer2DModel, batch: Batch, generator: torch.Generator
-    ) -> Losses:
+    def __call__(self, model: PhysFormerTransformer2DModel, batch: Batch, generator: torch.Generator) -> Losses:
         """Computes the loss; all draws come from ``generator`` (CPU), in a fixed order."""
         sharp, count, device = batch.pixels_bchw, batch.pixels_bchw.shape[0], batch.pixels_bchw.device
         is_base = bool(batch.level_b[0] == 0)
@@ -55,9 +53,9 @@ class FlowObjective:
         start = self.pyramid.start(coarse, noise)
         z = self.path.interpolate(start, sharp, t)
         prompt = model.encode_prompt(batch.prompt_embeds_btd, batch.prompt_mask_bt, batch.pooled_bp, drop)
-        output = model(
-            z, t, prompt, batch.level_b, shown, batch.place_b4, class_labels=None, return_dict=False
-        )[0].float()
+        output = model(z, t, prompt, batch.level_b, shown, batch.place_b4, class_labels=None, return_dict=False)[
+            0
+        ].float()
         if self.path.prediction == "sample":
             sample = self.pyramid.sample(coarse, output)
             error = self.path.sample_weight(t)[:, None, None, None] * (sample - sharp)

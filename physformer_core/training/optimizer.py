@@ -14,6 +14,8 @@ from physformer_core.errors import ConfigError
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic whose iteration drives singular values to about 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
 
+NEWTON_SCHULZ_STEPS = 5
+
 
 def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Nearest (semi-)orthogonal matrices, to within the Newton-Schulz quintic's accuracy.
@@ -58,7 +60,7 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
-        steps: int = 5,
+        steps: int = NEWTON_SCHULZ_STEPS,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})

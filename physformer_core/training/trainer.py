@@ -14,20 +14,30 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from safetensors import SafetensorError
 
 from physformer_core.config import RunConfig
 from physformer_core.data.loader import Batch, BatchStream, ShardSet
 from physformer_core.errors import CheckpointError, ConfigError, PhysFormerError
+from physformer_core.files import output_error
 from physformer_core.hardware import has_fast_bfloat16, resolve_device, resolve_dtype
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.pipeline import PhysFormerPipeline
-from physformer_core.training.checkpoint import list_checkpoints, load_training_state, save_checkpoint
+from physformer_core.training.checkpoint import (
+    list_checkpoints,
+    load_training_state,
+    newest_checkpoint,
+    save_checkpoint,
+    set_aside,
+)
 from physformer_core.training.ema import WeightAverage
 from physformer_core.training.objective import FlowObjective
 from physformer_core.training.optimizer import Optimizer, schedule
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 MAX_BAD_STEPS = 10
 """Steps in a row with a non-finite loss or gradient after which training stops."""
@@ -45,7 +55,7 @@ class StepReport:
         examples_per_second: Rate over the interval.
         wait_fraction: Share of the time spent waiting for data.
         learning_rate: AdamW's, at the last step.
-        gradient_norm: Mean over the interval, before clipping.
+        gradient_norm: Mean over the interval's finite ones, before clipping; None if none was.
         skipped: Steps skipped so far because loss or gradients were not finite.
     """
 
@@ -55,12 +65,22 @@ class StepReport:
     examples_per_second: float
     wait_fraction: float
     learning_rate: float
-    gradient_norm: float
+    gradient_norm: float | None
     skipped: int
 
 
 class TrainingDiverged(PhysFormerError):
     """Loss or gradients were not finite for `MAX_BAD_STEPS` steps in a row."""
+
+
+def model_arguments(config: RunConfig, shards: ShardSet) -> dict[str, Any]:
+    """Arguments of the network: text widths come from the data, for which the encoder was chosen."""
+    return config.model | {"text_dim": shards.hidden_size, "pooled_dim": shards.pooled_size}
+
+
+def transformer_folder(checkpoint: Path) -> Path:
+    """The transformer's folder of a checkpoint or pipeline; the path itself if it has none below it."""
+    return checkpoint / "transformer" if (checkpoint / "transformer").is_dir() else checkpoint
 
 
 class Trainer:
@@ -71,7 +91,8 @@ class Trainer:
         data_dir: A set written by ``data preprocess``.
         output_dir: Where checkpoints and ``log.jsonl`` go.
         device: Device name.
-        init_from: A transformer folder whose weights the run starts from.
+        init_from: A checkpoint, or its transformer folder, whose averaged weights the run starts from.
+        on_step: Called with the number of steps done, after each.
         on_report: Called with each `StepReport`.
 
     Raises:
@@ -86,16 +107,17 @@ class Trainer:
         *,
         device: str = "auto",
         init_from: Path | None = None,
+        on_step: Callable[[int], None] | None = None,
         on_report: Callable[[StepReport], None] | None = None,
     ) -> None:
-        self.config, self.output_dir, self.on_report = config, output_dir, on_report
+        self.config, self.output_dir = config, Path(output_dir)
+        self.on_step, self.on_report = on_step, on_report
         train = config.training
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(train.dtype, self.device)
         self.shards = ShardSet(data_dir)
         torch.manual_seed(train.seed)
         self.model = self._build_model(init_from).to(self.device)
-        # Text widths come from the data: the encoder was chosen when it was preprocessed.
         self.ema = WeightAverage(self.model, train.ema_decay)
         self.optimizer = Optimizer(
             self.model,
@@ -126,38 +148,66 @@ class Trainer:
         self._stop = False
 
     def _build_model(self, init_from: Path | None) -> PhysFormerTransformer2DModel:
-        captions = self.shards.manifest["captions"]
-        widths = {"text_dim": captions["hidden_size"], "pooled_dim": captions["pooled_size"]}
+        arguments = model_arguments(self.config, self.shards)
         if init_from is None:
-            return PhysFormerTransformer2DModel(**(self.config.model | widths))
+            return PhysFormerTransformer2DModel(**arguments)
+        folder = transformer_folder(init_from)
         try:
-            model = PhysFormerTransformer2DModel.from_pretrained(init_from, torch_dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot start from '{init_from}': {str(error).splitlines()[0]}") from error
-        for key, value in widths.items():
-            if getattr(model.config, key) != value:
-                raise ConfigError(f"'{init_from}' was trained with {key} {getattr(model.config, key)}, data has {value}")
+            model = PhysFormerTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot start from '{init_from}': {str(error).splitlines()[0]}",
+                hint="name a checkpoint, or the transformer folder in it",
+            ) from error
+        for key, value in arguments.items():
+            if model.config[key] != value:
+                raise ConfigError(
+                    f"'{init_from}' has {key} {model.config[key]}, this run {value}",
+                    hint="the text encoder of the data must be the same"
+                    if key in ("text_dim", "pooled_dim")
+                    else "start with the preset that it was trained with",
+                )
         return model
 
     @property
     def checkpoint_dir(self) -> Path:
         return self.output_dir / "checkpoints"
 
-    def resume(self, source: str | Path) -> bool:
-        """Goes on from a checkpoint: a path, or ``auto`` for the newest one of this run, if there is any.
+    @property
+    def _log_path(self) -> Path:
+        return self.output_dir / "log.jsonl"
+
+    def start_afresh(self) -> Path | None:
+        """Sets an earlier run in the output folder aside, checkpoints and log, and returns where they are now."""
+        aside = set_aside(self.checkpoint_dir, after_step=-1)
+        if aside is not None and self._log_path.exists():
+            self._log_path.rename(aside / self._log_path.name)
+        return aside
+
+    def resume(self, source: str | Path) -> Path | None:
+        """Goes on from a checkpoint: its path, a run's folder (its newest), or ``auto`` for this run's newest.
+
+        Checkpoints that this run has after that step are set aside.
 
         Returns:
-            Whether there was one.
+            The checkpoint, or None if ``auto`` found none.
 
         Raises:
             CheckpointError: If it cannot be read or belongs to another model or other data.
+            ConfigError: If it has more steps than the configuration asks for.
         """
         if source == "auto":
             found = list_checkpoints(self.checkpoint_dir)
             if not found:
-                return False
+                return None
             source = found[-1]
-        state = load_training_state(Path(source))
+        source = newest_checkpoint(Path(source))
+        state = load_training_state(source)
+        if state.step > self.config.training.steps:
+            raise ConfigError(
+                f"'{source}' has done {state.step} steps already, more than the {self.config.training.steps} asked for",
+                hint="raise --steps",
+            )
         if state.metadata["data_key"] != self.shards.manifest["key"]:
             raise CheckpointError(
                 f"'{source}' was trained on other data", hint="use --init-from to start a new run from its weights"
@@ -166,7 +216,8 @@ class Trainer:
             raise CheckpointError(f"'{source}' has another model configuration", hint="resume with the same preset")
         state.restore(self.model, self.optimizer, self.ema)
         self.step, self.skipped = state.step, int(state.metadata["skipped"])
-        return True
+        set_aside(self.checkpoint_dir, self.step)
+        return source
 
     def request_stop(self) -> None:
         """Ends `run` after the step in progress, with a checkpoint. Safe to call from a signal handler."""
@@ -194,24 +245,24 @@ class Trainer:
             crop_fraction=train.crop_fraction,
             crop_size=train.crop_size,
         )
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         interval = _Interval()
         batches = stream.iterate(start_step=self.step)
-        with contextlib.closing(batches), (self.output_dir / "log.jsonl").open("a", encoding="utf-8") as log:
+        with contextlib.closing(batches), _open_log(self._log_path) as log:
             while self.step < train.steps and not self._stop:
                 asked = time.perf_counter()
                 batch = next(batches)
                 interval.waited += time.perf_counter() - asked
                 self._train_step(batch, interval)
                 self.step += 1
+                if self.on_step is not None:
+                    self.on_step(self.step)
                 last = self.step == train.steps
                 validation: dict[str, float] = {}
                 if last or self.step % train.validate_every == 0:
                     validation = self.validate()
                 if last or validation or self.step % train.log_every == 0:
                     report = interval.report(self, validation)
-                    log.write(json.dumps({"time": time.time(), **vars(report)}) + "\n")
-                    log.flush()
+                    log.write({"time": time.time(), **vars(report)})
                     if self.on_report is not None:
                         self.on_report(report)
                     interval = _Interval()
@@ -260,7 +311,7 @@ class Trainer:
         self.ema.swap_in(self.model)
         try:
             for kind, fraction in (("base", 0.0), ("crop", 1.0)):
-                if not self.shards.count("validation", kind) >= train.batch_size:
+                if not self.shards.count(kind, "validation"):
                     continue
                 stream = BatchStream(
                     self.shards,
@@ -302,6 +353,35 @@ class Trainer:
         )
 
 
+class _Log:
+    """Appends JSON lines; each is whole on the disk's cache before the next step begins."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file = path, file
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise output_error(self._path, error) from error
+
+
+@contextlib.contextmanager
+def _open_log(path: Path) -> Iterator[_Log]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise output_error(path, error) from error
+    try:
+        yield _Log(path, file)
+    finally:
+        # Closing tries once more to write what could not be written, and would hide the first fault.
+        with contextlib.suppress(OSError):
+            file.close()
+
+
 class _Interval:
     """Sums between two log records. Losses stay tensors until then, so that no step waits for the device."""
 
@@ -320,6 +400,8 @@ class _Interval:
     def report(self, trainer: Trainer, validation: dict[str, float]) -> StepReport:
         means = {kind: torch.stack(values).mean().item() for kind, values in self.losses.items()}
         elapsed = time.perf_counter() - self.started
+        norms = torch.stack(self.norms)
+        finite = norms[torch.isfinite(norms)]
         train = trainer.config.training
         return StepReport(
             step=trainer.step,
@@ -328,7 +410,7 @@ class _Interval:
             examples_per_second=self.examples / elapsed,
             wait_fraction=self.waited / elapsed,
             learning_rate=train.lr * schedule(trainer.step, train.steps, warmup_fraction=train.warmup_fraction),
-            gradient_norm=torch.stack(self.norms).mean().item(),
+            gradient_norm=float(finite.mean()) if len(finite) else None,
             skipped=trainer.skipped,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def _read_manifest(path: Path, source: dict[str, object]) -> dict[str, Any] | No
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}", hint="delete it and fetch again: what is there is kept") from error
+        raise DataError(f"cannot read {path}: {error}", hint="delete it and fetch again") from error
     if not isinstance(manifest, dict) or manifest.get("source") != source:
         raise DataError(f"{path.parent} already holds another set", hint="choose an empty folder, or delete this one")
     return manifest
@@ -86,7 +87,7 @@ def fetch_scenes(
     progress: Callable[[int, int], None] | None = None,
     workers: int = 1,
     rows_per_file: int = ROWS_PER_FILE,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Composes scenes and writes them as a RAW set.
 
     A run that was interrupted goes on where it stopped, and files that a finished set has lost are made again. The
@@ -155,7 +156,10 @@ def fetch_scenes(
             note(*_write_file(job))
     else:
         # Not forked: the caller may hold threads (a progress bar, a numeric library).
-        with multiprocessing.get_context("spawn").Pool(min(workers, len(waiting))) as pool:
+        # They leave Ctrl-C to this process, which ends them.
+        with multiprocessing.get_context("spawn").Pool(
+            min(workers, len(waiting)), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+        ) as pool:
             for path, rows in pool.imap_unordered(_write_file, waiting):
                 note(path, rows)
     files = [{"name": Path(job[0]).name, "sha256": sha256_file(job[0]), "count": job[3] - job[2]} for job in jobs]

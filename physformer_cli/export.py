@@ -1,0 +1,47 @@
+"""`physformer export`: a checkpoint to share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from physformer_cli import console
+
+EPILOG = """Examples:
+
+    physformer export runs/nano --output nano-fp16
+
+    physformer export runs/nano/checkpoints/step-00003600 --output nano-fp32 --dtype fp32
+"""
+
+
+def register(parent: typer.Typer) -> None:
+    """Adds the command to the app."""
+    parent.command("export", epilog=EPILOG)(export)
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    dtype: Annotated[str, typer.Option(help="Weights as fp32, bf16 or fp16.")] = "fp16",
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """Write a trained checkpoint's averaged weights as a folder that generate and diffusers read."""
+    from physformer_core.checkpoints import find_checkpoint
+    from physformer_core.project import recorded_run
+
+    with recorded_run("export", record=not no_record, notify=console.say) as run:
+        found = find_checkpoint(checkpoint)
+        run.config = {"dtype": dtype}
+        run.checkpoint_sha256 = found.sha256
+        import torch
+
+        from physformer_core.export import export_checkpoint
+        from physformer_core.hardware import resolve_dtype
+
+        weights = export_checkpoint(found, output, dtype=resolve_dtype(dtype, torch.device("cpu")))
+        run.replay_with("--output", "-o", output=output, folder=True)
+        run.add_output(output)
+        console.say(f"wrote {output} ({console.human_size(weights.stat().st_size)} of weights)")

@@ -1,0 +1,70 @@
+"""Turns a training checkpoint into a folder to share: averaged weights alone, in the dtype wanted.
+
+The folder loads with `PhysFormerPipeline.from_pretrained`, and with a plain
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` wherever physformer is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from physformer_core.checkpoints import Checkpoint, load_pipeline
+from physformer_core.errors import OutputError
+from physformer_core.files import output_error
+
+MODULE = "pipeline_physformer"
+MODULE_SOURCE = '''"""Lets plain diffusers find the pipeline: it is the one of the installed physformer package."""
+
+from physformer_core.pipeline import PhysFormerPipeline
+
+__all__ = ["PhysFormerPipeline"]
+'''
+
+
+def export_checkpoint(checkpoint: Checkpoint, output_dir: Path, *, dtype: torch.dtype) -> Path:
+    """Writes ``checkpoint`` to ``output_dir``, whole or not at all.
+
+    Args:
+        checkpoint: From `find_checkpoint`.
+        output_dir: A folder that does not exist yet.
+        dtype: Of the weights; the few that must stay float32 do.
+
+    Returns:
+        The weights' file.
+
+    Raises:
+        OutputError: The folder exists or cannot be written.
+        CheckpointError: The checkpoint cannot be read.
+    """
+    if output_dir.exists():
+        raise OutputError(f"{output_dir} exists already", hint="name a new folder, or delete that one first")
+    pipeline = load_pipeline(checkpoint, device="cpu", dtype=dtype)
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
+        try:
+            temporary.chmod(0o755)
+            pipeline.save_pretrained(temporary)
+            index_path = temporary / "model_index.json"
+            index = json.loads(index_path.read_text(encoding="utf-8"))
+            index["_class_name"] = [MODULE, "PhysFormerPipeline"]
+            # Where it was loaded from is the exporter's business, and would make equal exports differ.
+            index.pop("_name_or_path", None)
+            index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            (temporary / f"{MODULE}.py").write_text(MODULE_SOURCE, encoding="utf-8")
+            for path in [p for p in temporary.rglob("*") if p.is_file()]:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            temporary.rename(output_dir)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise output_error(output_dir, error) from error
+    return output_dir / "transformer" / "diffusion_pytorch_model.safetensors"

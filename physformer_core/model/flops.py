@@ -1,0 +1,102 @@
+"""Floating-point operations of the network, counted from its layers and held to torch's own counter by a test.
+
+Only matrix products count, a multiplication and an addition each: [m, k] x [k, n] is 2 m k n. Norms, activations,
+rotations and softmax are linear in the tokens with small constants; torch's counter leaves them out too. Letters:
+N tokens of a picture, T tokens of its prompt, D the width of a picture's tokens, E that of the text stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from physformer_core.model.attention import plan_attention
+from physformer_core.model.geometry import BlockGrid
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
+
+_PER_PROMPT_TOKEN = ("text_embed", "text_blocks.", "add_k_proj", "add_v_proj")
+_PER_PICTURE = ("condition_embed.", "modulation")
+_OF_DATA = ("patch_embed.proj1", "patch_embed.place", "condition_embed.time1")
+"""Layers whose input is data: nothing flows back through them into it."""
+
+
+def prompt_flops(model: PhysFormerTransformer2DModel, tokens: int) -> int:
+    """Operations of `encode_prompt` for one prompt of ``tokens`` tokens: spent once, whatever the steps and levels."""
+    # Every linear layer of the text stream, and each block's projections of text to keys and values, on T tokens.
+    linear = sum(2 * _size(layer) * tokens for name, layer in _linears(model) if _is(name, _PER_PROMPT_TOKEN))
+    # Self-attention of a text block: T x T logits over E, and as much again to gather the values.
+    width = model.config.text_hidden_size
+    return linear + len(model.text_blocks) * 2 * (2 * tokens * tokens * width)
+
+
+def picture_flops(model: PhysFormerTransformer2DModel, height: int, width: int, prompt_tokens: int) -> int:
+    """Operations of one evaluation of the network for one picture.
+
+    Args:
+        model: On any device, meta included.
+        height, width: Size of the field in tokens.
+        prompt_tokens: Tokens that the attention reads besides the picture's own.
+    """
+    linear = 0
+    for name, layer in _linears(model):
+        if _is(name, _PER_PROMPT_TOKEN):
+            continue
+        rows = 1 if _is(name, _PER_PICTURE) else height * width
+        linear += 2 * _size(layer) * rows
+    return linear + sum(
+        _attention_flops(model, height, width, prompt_tokens, index) for index in range(len(model.blocks))
+    )
+
+
+def training_flops(model: PhysFormerTransformer2DModel, height: int, width: int, prompt_tokens: int) -> int:
+    """Operations of forward and backward for one example.
+
+    Going back, each product is done twice more: once for the gradient of the weight (or the keys), once for that of
+    the input (or the queries); of layers on data only the first. Fused attention recomputes its logits on top: that
+    is not counted, as it is no work of the model's.
+    """
+    forward = picture_flops(model, height, width, prompt_tokens) + prompt_flops(model, prompt_tokens)
+    unneeded = sum(
+        2 * _size(layer) * (1 if _is(name, _PER_PICTURE) else height * width)
+        for name, layer in _linears(model)
+        if _is(name, _OF_DATA)
+    )
+    return 3 * forward - unneeded
+
+
+def _attention_flops(
+    model: PhysFormerTransformer2DModel, height: int, width: int, prompt_tokens: int, index: int
+) -> int:
+    """Logits and gathering of one block: 2 D operations for each query and key, twice.
+
+    Dense: N queries see N + T keys. Halo: each block of b x b queries sees its window of (b + 2 r)^2 keys and the T of
+    the text; blocks at the border are computed whole, so this is linear in N but for the border.
+    """
+    config = model.config
+    grid = BlockGrid(height=height, width=width, block=config.block_size, radius=config.radius)
+    if index % 2:
+        grid = replace(grid, shift=config.block_size // 2)
+    none = torch.empty(0)
+    if plan_attention(grid, model.attention_backend, none, none, model.dtype).backend == "halo":
+        blocks_y, blocks_x = grid.blocks
+        pairs = blocks_y * blocks_x * grid.block**2 * (grid.window**2 + prompt_tokens)
+    else:
+        pairs = height * width * (height * width + prompt_tokens)
+    return 2 * (2 * pairs * config.hidden_size)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module
+
+
+def _size(layer: nn.Linear) -> int:
+    return layer.in_features * layer.out_features
+
+
+def _is(name: str, parts: tuple[str, ...]) -> bool:
+    return any(part in name for part in parts)
