@@ -13,6 +13,7 @@ from physformer_cli import console
 
 if TYPE_CHECKING:
     from physformer_core.data.preprocess import PreprocessConfig
+    from physformer_core.data.workers import Progress
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
@@ -224,6 +225,7 @@ def show(
         run.config = {"set": folder, "output": output, "count": count, "kind": kind, "columns": columns, "size": size}
         run.data_sha256 = _manifest_sha256(folder)
         run.replay_with("--output", "-o", output=output, folder=False)
+        contact_sheet.sheet_size(count, columns=columns, size=size)
         shown = contact_sheet.exhibits(folder, count, kind=kind, size=size)
         sheet = contact_sheet.draw_sheet(shown, columns=columns, size=size)
         name = next_free_name(output)
@@ -259,9 +261,7 @@ def _level_weights(config: type[PreprocessConfig], levels: tuple[int, ...], text
     return tuple(usual.get(level, min(usual.values())) for level in levels)
 
 
-def _progress_of(
-    add: Callable[..., console.ProgressTask], stages: dict[str, tuple[str, str]]
-) -> Callable[[str, int, int], None]:
+def _progress_of(add: Callable[..., console.ProgressTask], stages: dict[str, tuple[str, str]]) -> Progress:
     """Progress by stage: a bar appears when its stage begins, and does not count what an earlier run did as speed."""
     tasks: dict[str, console.ProgressTask] = {}
 

@@ -26,6 +26,9 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
     dtype: Annotated[str, typer.Option(help="Weights as fp32, bf16 or fp16.")] = "fp16",
+    for_diffusers: Annotated[
+        bool, typer.Option("--for-diffusers", help="Let plain diffusers load it, with trust_remote_code=True.")
+    ] = False,
     no_record: console.NoRecordOption = False,
 ) -> None:
     """Write a trained checkpoint's averaged weights as a folder that generate and diffusers read."""
@@ -34,14 +37,16 @@ def export(
 
     with recorded_run("export", record=not no_record, notify=console.say) as run:
         found = find_checkpoint(checkpoint)
-        run.config = {"dtype": dtype}
+        run.config = {"dtype": dtype, "for_diffusers": for_diffusers}
         run.checkpoint_sha256 = found.sha256
         import torch
 
         from physformer_core.export import export_checkpoint
         from physformer_core.hardware import resolve_dtype
 
-        weights = export_checkpoint(found, output, dtype=resolve_dtype(dtype, torch.device("cpu")))
+        weights = export_checkpoint(
+            found, output, dtype=resolve_dtype(dtype, torch.device("cpu")), for_diffusers=for_diffusers
+        )
         run.replay_with("--output", "-o", output=output, folder=True)
         run.add_output(output)
         console.say(f"wrote {output} ({console.human_size(weights.stat().st_size)} of weights)")

@@ -79,7 +79,7 @@ def train(
 ) -> None:
     """Train a network on a preprocessed set.
 
-    Options override [train] of physformer.toml, which overrides the preset or --config.
+    Options override the table train of physformer.toml, which overrides the preset or --config.
 
     Ctrl-C finishes the step and writes a checkpoint; --resume auto then goes on as if nothing had happened.
 
@@ -299,8 +299,8 @@ def _stop_gently(trainer: Trainer) -> Iterator[_Outcome]:
         trainer.request_stop()
         console.say("stopping after this step, with a checkpoint; once more to stop at once")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, on_signal)
+    for caught in (signal.SIGINT, signal.SIGTERM):
+        previous[caught] = signal.signal(caught, on_signal)
     try:
         yield outcome
     finally:

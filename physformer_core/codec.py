@@ -99,12 +99,19 @@ def load_codec(name: str = "pixels") -> Codec:
         if kind not in classes:
             raise ConfigError(f"'{name}' holds a {kind}", hint="known codecs: pixels, " + ", ".join(classes))
         try:
-            model = classes[kind].from_pretrained(name, subfolder=subfolder or None, use_safetensors=True)
+            model, loading = classes[kind].from_pretrained(
+                name, subfolder=subfolder or None, use_safetensors=True, output_loading_info=True
+            )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
                 f"cannot read the weights of codec '{name}' ({reason})", hint="fetch or copy them again"
             ) from error
+        if loading["missing_keys"]:  # diffusers would leave them random, with a warning
+            raise CheckpointError(
+                f"the weights of codec '{name}' are not those of its {kind}: {loading['missing_keys'][0]} is missing",
+                hint="fetch or copy them again",
+            )
         return AutoencoderCodec(name, model)
     where = "is empty or has no config.json" if Path(name).exists() else "is no folder, and the hub did not answer"
     raise CheckpointError(f"cannot load codec '{name}': it {where} ({reasons[0]})", hint="'pixels' needs no download")

@@ -1,7 +1,8 @@
 """Turns a training checkpoint into a folder to share: averaged weights alone, in the dtype wanted.
 
-The folder loads with `PhysFormerPipeline.from_pretrained`, and with a plain
-`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` wherever physformer is installed.
+The folder loads with `PhysFormerPipeline.from_pretrained`. Exported ``for_diffusers`` it loads with a plain
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` instead: diffusers finds pipelines that are not its
+own only through code in the folder, and then insists on being told to trust it.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ __all__ = ["PhysFormerPipeline"]
 '''
 
 
-def export_checkpoint(checkpoint: Checkpoint, output_dir: Path, *, dtype: torch.dtype) -> Path:
+def export_checkpoint(checkpoint: Checkpoint, output_dir: Path, *, dtype: torch.dtype, for_diffusers: bool = False) -> Path:
     """Writes ``checkpoint`` to ``output_dir``, whole or not at all.
 
     Args:
         checkpoint: From `find_checkpoint`.
         output_dir: A folder that does not exist yet.
         dtype: Of the weights; the few that must stay float32 do.
+        for_diffusers: Whether plain diffusers shall find the pipeline.
 
     Returns:
         The weights' file.
@@ -53,11 +55,12 @@ def export_checkpoint(checkpoint: Checkpoint, output_dir: Path, *, dtype: torch.
             pipeline.save_pretrained(temporary)
             index_path = temporary / "model_index.json"
             index = json.loads(index_path.read_text(encoding="utf-8"))
-            index["_class_name"] = [MODULE, "PhysFormerPipeline"]
+            if for_diffusers:
+                index["_class_name"] = [MODULE, "PhysFormerPipeline"]
+                (temporary / f"{MODULE}.py").write_text(MODULE_SOURCE, encoding="utf-8")
             # Where it was loaded from is the exporter's business, and would make equal exports differ.
             index.pop("_name_or_path", None)
             index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            (temporary / f"{MODULE}.py").write_text(MODULE_SOURCE, encoding="utf-8")
             for path in [p for p in temporary.rglob("*") if p.is_file()]:
                 with path.open("rb") as file:
                     os.fsync(file.fileno())

@@ -36,7 +36,7 @@ class OutputNames:
 
     def __init__(self, output: str = DEFAULT_OUTPUT, *, several: bool = False) -> None:
         self.output = output
-        self.is_folder = output.endswith(("/", os.sep)) or Path(output).is_dir() or not Path(output).suffix
+        self.is_folder = output.endswith(("/", os.sep)) or os.path.isdir(output) or not Path(output).suffix
         default = "{prompt}-{seed}-{index}.png" if several else "{prompt}-{seed}.png"
         self._pattern = str(Path(_escaped(output)) / default) if self.is_folder else output
         if self.is_folder and "{" in output:

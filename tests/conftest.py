@@ -24,3 +24,23 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     PhysFormerPipeline(transformer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def scene_raw(tmp_path_factory) -> Path:
+    """A raw set of 60 scenes. Not to be changed."""
+    from physformer_core.data.scenes import fetch_scenes
+
+    folder = tmp_path_factory.mktemp("scenes") / "raw"
+    fetch_scenes(folder, count=60, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scene_set(scene_raw, tmp_path_factory) -> Path:
+    """The scenes, preprocessed, a fifth of them held out. Not to be changed."""
+    from physformer_core.data.preprocess import PreprocessConfig, preprocess
+
+    folder = tmp_path_factory.mktemp("sets") / "scenes"
+    preprocess(scene_raw, folder, config=PreprocessConfig(validation_fraction=0.2))
+    return folder

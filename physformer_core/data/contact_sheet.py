@@ -22,6 +22,7 @@ _GAP = 10
 _FONT_SIZE = 12
 _LINE_HEIGHT = 15
 _CAPTION_LINES = 3
+_TEXT_HEIGHT = (_CAPTION_LINES + 1) * _LINE_HEIGHT
 _INK, _FAINT, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 _RAW_COLUMNS = ["key", "svg", "image", "width", "height", "captions"]
 _MAX_SIDE = 30_000  # PNG readers and Pillow itself balk at more
@@ -91,26 +92,36 @@ def set_format(folder: Path) -> str:
     return str(found)
 
 
-def draw_sheet(shown: Sequence[Exhibit], *, columns: int, size: int = 160) -> Image.Image:
-    """Lays pictures out in rows, each with its caption and note below.
+def sheet_size(count: int, *, columns: int, size: int = 160) -> tuple[int, int]:
+    """(width, height) in pixels of a sheet of so many pictures, to be asked for before they are drawn.
 
     Raises:
-        OutputError: The sheet would be larger than a PNG reader takes.
+        OutputError: It would be larger than PNG readers take.
     """
-    columns = min(columns, len(shown))
-    rows = -(-len(shown) // columns)
-    text_height = (_CAPTION_LINES + 1) * _LINE_HEIGHT
-    cell_width, cell_height = size + _GAP, size + text_height + _GAP
-    width, height = columns * cell_width + _GAP, rows * cell_height + _GAP
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    width, height = columns * (size + _GAP) + _GAP, rows * (size + _TEXT_HEIGHT + _GAP) + _GAP
     if max(width, height) > _MAX_SIDE:
         raise OutputError(
             f"a sheet of {width}x{height} pixels is too large", hint="fewer pictures, more columns or a smaller size"
         )
+    return width, height
+
+
+def draw_sheet(shown: Sequence[Exhibit], *, columns: int, size: int = 160) -> Image.Image:
+    """Lays pictures out in rows, each with its caption and note below.
+
+    Raises:
+        OutputError: The sheet would be larger than PNG readers take.
+    """
+    width, height = sheet_size(len(shown), columns=columns, size=size)
+    columns = min(columns, len(shown))
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(_FONT_SIZE)
     for index, exhibit in enumerate(shown):
-        left, top = _GAP + index % columns * cell_width, _GAP + index // columns * cell_height
+        left = _GAP + index % columns * (size + _GAP)
+        top = _GAP + index // columns * (size + _TEXT_HEIGHT + _GAP)
         picture = exhibit.picture
         sheet.paste(picture, (left + (size - picture.width) // 2, top + size - picture.height))
         y = top + size + 3

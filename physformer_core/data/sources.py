@@ -5,28 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from physformer_core.data.scenes.fetch import fetch_scenes
 from physformer_core.errors import ConfigError, DataError
-
-
-class FetchFunction(Protocol):
-    """Writes a raw set, or what of it is missing, and returns its manifest.
-
-    It calls `progress(done, total)` when there is something to do, and never when all is there already.
-    """
-
-    def __call__(
-        self,
-        output_dir: str | Path,
-        *,
-        count: int,
-        seed: int,
-        progress: Callable[[int, int], None] | None,
-        workers: int,
-        **options: Any,
-    ) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +18,16 @@ class Source:
     Args:
         name: What it is called on the command line.
         summary: What it holds, in a few words.
-        fetch: What writes the raw set.
+        fetch: Writes the raw set, or what of it is missing, and returns its manifest: `fetch(output_dir, *, count, seed,
+            progress, workers, **options)`. It calls `progress(done, total)` before it does anything, and never when
+            all is there already.
         unit: What is counted.
         options: Names of the keyword options that `fetch` takes besides the common ones.
     """
 
     name: str
     summary: str
-    fetch: FetchFunction
+    fetch: Callable[..., dict[str, Any]]
     unit: str
     options: tuple[str, ...] = ()
 

@@ -152,6 +152,8 @@ class Trainer:
         if init_from is None:
             return PhysFormerTransformer2DModel(**arguments)
         folder = transformer_folder(init_from)
+        if not folder.is_dir():  # else the name would be looked for on the hub
+            raise CheckpointError(f"cannot start from '{init_from}': there is no such folder")
         try:
             model = PhysFormerTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
         except (OSError, ValueError, SafetensorError) as error:
@@ -254,8 +256,6 @@ class Trainer:
                 interval.waited += time.perf_counter() - asked
                 self._train_step(batch, interval)
                 self.step += 1
-                if self.on_step is not None:
-                    self.on_step(self.step)
                 last = self.step == train.steps
                 validation: dict[str, float] = {}
                 if last or self.step % train.validate_every == 0:
@@ -266,6 +266,8 @@ class Trainer:
                     if self.on_report is not None:
                         self.on_report(report)
                     interval = _Interval()
+                if self.on_step is not None:
+                    self.on_step(self.step)
                 if last or self.step % train.checkpoint_every == 0:
                     self.save()
         if self._stop and self.step % train.checkpoint_every and self.step < train.steps:

@@ -131,9 +131,9 @@ def fetch_scenes(
     done = 0
     waiting = []
     for job in jobs:
-        path = Path(job[0])
-        listed = path.name in hashes and path.exists() and sha256_file(path) == hashes[path.name]
-        if listed or _finished(path, job):
+        file = Path(job[0])
+        listed = file.name in hashes and file.exists() and sha256_file(file) == hashes[file.name]
+        if listed or _finished(file, job):
             done += job[3] - job[2]
         else:
             waiting.append(job)

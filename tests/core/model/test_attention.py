@@ -254,7 +254,9 @@ def test_the_module_is_the_formula() -> None:
         text = attn.encode_text(text_states, mask)
         outputs = {}
         for backend in ("reference", "dense", "halo"):
-            plan = plan_attention(grid, backend, angles.cos()[None, :, None], angles.sin()[None, :, None], torch.float32)
+            plan = plan_attention(
+                grid, backend, angles.cos()[None, :, None], angles.sin()[None, :, None], torch.float32
+            )
             outputs[backend] = attn(tokens, text, plan)
         written = module_written_out(attn, tokens, text_states, mask, grid)
     for output in outputs.values():

@@ -90,7 +90,7 @@ def test_far_keys_have_no_weight_whatever_the_width() -> None:
             query = query_geometry(yx, torch.tensor([[2.0, 2.0]]), torch.tensor([sigma]), dtype)
             weights = (query.float() @ key.float().T).softmax(-1)
             assert torch.equal(weights[..., ~valid], torch.zeros_like(weights[..., ~valid]))
-    assert FAR < torch.finfo(torch.float16).max
+    assert torch.finfo(torch.float16).max > FAR
 
 
 def test_high_and_low_part_carry_twice_the_precision() -> None:
@@ -112,12 +112,14 @@ def window_of(position: int, block: int, radius: int, shift: int) -> range:
     height=st.integers(1, 21), width=st.integers(1, 21), block=st.sampled_from([2, 4, 8]), radius=st.integers(1, 5),
     shift=st.integers(0, 7), y=st.integers(0, 19), x=st.integers(0, 19),
 )  # fmt: skip
-def test_windows_and_their_cover(
-    height: int, width: int, block: int, radius: int, shift: int, y: int, x: int
-) -> None:
+def test_windows_and_their_cover(height: int, width: int, block: int, radius: int, shift: int, y: int, x: int) -> None:
     grid = BlockGrid(height=height, width=width, block=block, radius=radius, shift=shift, origin=(y, x))
-    rows = torch.tensor([[k + y in window_of(q + y, block, radius, shift) for k in range(height)] for q in range(height)])
-    columns = torch.tensor([[k + x in window_of(q + x, block, radius, shift) for k in range(width)] for q in range(width)])
+    rows = torch.tensor(
+        [[k + y in window_of(q + y, block, radius, shift) for k in range(height)] for q in range(height)]
+    )
+    columns = torch.tensor(
+        [[k + x in window_of(q + x, block, radius, shift) for k in range(width)] for q in range(width)]
+    )
     expected = rows[:, None, :, None] & columns[None, :, None, :]
     assert torch.equal(same_window(grid), expected.reshape(height * width, height * width))
     assert grid.covers_everything() == bool(expected.all())

@@ -1,0 +1,91 @@
+"""Presets, and what a configuration file can get wrong."""
+
+import pytest
+import torch
+
+from physformer_core.config import FlowConfig, RunConfig, TrainConfig, load_preset, preset_names
+from physformer_core.errors import ConfigError
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_loads_and_its_network_can_be_built(name):
+    config = load_preset(name)
+    with torch.device("meta"):
+        model = PhysFormerTransformer2DModel(**config.model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert RunConfig.from_dict(config.to_dict(), "again") == config
+
+
+def test_presets_grow():
+    sizes = []
+    for name in ("debug", "nano", "s", "b", "l", "xl"):
+        with torch.device("meta"):
+            sizes.append(sum(p.numel() for p in PhysFormerTransformer2DModel(**load_preset(name).model).parameters()))
+    assert sizes == sorted(sizes) and 5e6 < sizes[1] < 10e6
+    assert set(preset_names()) == {"debug", "nano", "s", "b", "l", "xl"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("[training]\nlearning = 1\n", r"\[training\]: unknown key 'learning'", None),
+        ("[training]\nbatchsize = 1\n", "unknown key 'batchsize'", "did you mean 'batch_size'?"),
+        ("[model]\nhidden = 64\n", r"\[model\]: unknown key 'hidden'", "did you mean 'hidden_size'?"),
+        ("[flow]\nstart_nois = 0.1\n", r"\[flow\]: unknown key 'start_nois'", "did you mean 'start_noise'?"),
+        ("[train]\nsteps = 1\n", r"unknown table \[train\]", "[model], [flow] or [training]"),
+        ('[training]\nsteps = "many"\n', "'steps' must be int, not 'many'", None),
+        ("[training]\nsteps = true\n", "'steps' must be int, not True", None),
+        ("[training]\nsteps = 1.5\n", "'steps' must be int, not 1.5", None),
+        ("[training]\nlr = true\n", "'lr' must be float", None),
+        ("[training]\nsteps = 0\n", "steps must be at least 1", None),
+        ("[training]\ncrop_fraction = 1.5\n", "crop_fraction must be within 0 and 1", None),
+        ("[training]\nema_decay = 1.0\n", "ema_decay must be within 0 and 1", None),
+        ("[training]\nlr = nan\n", "lr must be above 0", None),
+        ("[training]\nmuon_lr = -0.1\n", "muon_lr must be above 0", None),
+        ("[training]\nseed = -1\n", "seed must be at least 0", None),
+        ("[training]\nvalidation_batches = 0\n", "validation_batches must be at least 1", None),
+        ('[training]\noptimizer = "sgd"\n', "unknown optimizer 'sgd'", "muon or adamw"),
+        ('[training]\ndtype = "fp16"\n', "fp16 would need its losses scaled", "bf16 or fp32"),
+        ('[training]\ndtype = "float8"\n', "unknown dtype 'float8'", "auto, fp32 or bf16"),
+        ("[flow]\nstart_noise = 0.0\n", "start_noise must be above 0", None),
+        ("[training\n", r"bad\.toml: .*line 1", None),
+    ],
+)
+def test_a_bad_file_is_told(tmp_path, text, message, hint):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_preset(str(path))
+    if hint is not None:
+        assert caught.value.hint == hint
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path):
+    with pytest.raises(ConfigError, match="no configuration file"):
+        load_preset(str(tmp_path / "none.toml"))
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_preset(str(tmp_path / "bytes.toml"))
+    with pytest.raises(ConfigError, match="unknown preset 'huge'") as caught:
+        load_preset("huge")
+    assert "nano" in caught.value.hint
+
+
+def test_whole_numbers_stand_for_fractions(tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text("[training]\ncrop_fraction = 1\ngrad_clip = 2\n")
+    assert load_preset(str(path)).training.grad_clip == 2
+
+
+def test_override():
+    config = load_preset("debug")
+    changed = config.override("training", steps=5, lr=None)
+    assert changed.training.steps == 5 and changed.training.lr == config.training.lr
+    assert config.training.steps == 8, "the first one stays"
+    with pytest.raises(ConfigError, match="steps must be at least 1"):
+        config.override("training", steps=0)
+
+
+def test_defaults_are_valid():
+    assert FlowConfig() and TrainConfig()

@@ -1,0 +1,287 @@
+"""Prompts to pictures with a tiny random network: sizes, batches, guidance, callbacks, saving, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from physformer_core.codec import AutoencoderCodec
+from physformer_core.errors import ConfigError, PromptError, SizeError
+from physformer_core.flow.guidance import Guidance
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
+from physformer_core.pipeline import DEFAULT_STEPS, PhysFormerPipeline, StepEvent, steps_per_level
+from physformer_core.text import PromptEmbeddings, TextEncoder
+
+WIDTH = 12
+
+
+class WordEncoder(TextEncoder):
+    """Every word is a token, whose embedding follows from its letters."""
+
+    name, hidden_size, pooled_size, max_tokens, fingerprint = "words", WIDTH, WIDTH, 64, "0" * 64
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        return [len(prompt.split()) for prompt in prompts]
+
+    def encode(self, prompts: list[str], *, max_length: int | None = None) -> PromptEmbeddings:
+        self.calls.append(prompts)
+        longest = max(self.token_counts(prompts))
+        tokens, mask = torch.zeros(len(prompts), longest, WIDTH), torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            for column, word in enumerate(prompt.split()):
+                seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big")
+                tokens[row, column] = torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+                mask[row, column] = True
+        return PromptEmbeddings(tokens, mask, tokens.sum(1) / mask.sum(1, keepdim=True) ** 0.5)
+
+
+@pytest.fixture(scope="module")
+def network() -> PhysFormerTransformer2DModel:
+    """Random, with open gates of the size that training gives them."""
+    torch.manual_seed(0)
+    model = PhysFormerTransformer2DModel(
+        patch_size=8, hidden_size=64, num_layers=2, num_heads=4, bottleneck=32, text_dim=WIDTH, pooled_dim=WIDTH,
+        text_hidden_size=32, num_text_layers=1, null_tokens=3,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modulation" in name or "proj_out" in name:
+                parameter.normal_(0, 0.3 * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def pipeline(network: PhysFormerTransformer2DModel) -> PhysFormerPipeline:
+    pipeline = PhysFormerPipeline(network, text_encoder_name="words", prompt_tokens=8)
+    pipeline._text_encoder = WordEncoder()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline: PhysFormerPipeline, prompt: str | list[str] = "a bird in a cage", **more: Any) -> np.ndarray:
+    """Pictures as float arrays, small and in few steps unless said otherwise."""
+    settings = {"height": 88, "width": 136, "num_inference_steps": [3, 2], "output_type": "np", "seeds": 7}
+    return pipeline(prompt, **{**settings, **more}).images
+
+
+def test_the_same_call_draws_the_same_bytes(pipeline: PhysFormerPipeline) -> None:
+    first, again = draw(pipeline), draw(pipeline)
+    assert first.shape == (1, 88, 136, 3) and first.std() > 0.1
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, draw(pipeline, seeds=8))
+    assert not np.array_equal(first, draw(pipeline, indices=[1]))
+    assert np.abs(first - draw(pipeline, "two cats on a sofa")).max() > 0.02
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "adaptive"])
+def test_a_picture_of_a_batch_is_the_picture_alone(
+    pipeline: PhysFormerPipeline, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("physformer_core.flow.solver.MIN_STEP", 1 / 12)
+    prompts = ["a bird in a cage", "cat", "a very long prompt about some cars"]
+    seeds, indices, more = [7, 7, 9], [0, 1, 0], {"solver": solver, "negative_prompt": "blur"}
+    if solver == "adaptive":
+        more |= {"height": 40, "width": 32}
+    together = draw(pipeline, prompts, seeds=seeds, indices=indices, **more)
+    for k, prompt in enumerate(prompts):
+        alone = draw(pipeline, prompt, seeds=[seeds[k]], indices=[indices[k]], **more)
+        assert np.abs(together[k] - alone[0]).max() <= 2 / 255
+        assert np.abs(together[k] - together[(k + 1) % 3]).max() > 2 / 255
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (8, 8), (64, 64), (65, 63), (7, 150), (201, 333)])
+def test_any_size(pipeline: PhysFormerPipeline, height: int, width: int) -> None:
+    image = pipeline("cat", height=height, width=width, num_inference_steps=[1, 1], seeds=1).images[0]
+    assert isinstance(image, Image.Image)
+    assert image.size == (width, height) and image.mode == "RGB"
+
+
+def test_output_types_agree(pipeline: PhysFormerPipeline) -> None:
+    array = draw(pipeline)
+    tensor = draw(pipeline, output_type="pt")
+    pil = np.asarray(draw(pipeline, output_type="pil")[0])
+    assert array.min() >= 0 and array.max() <= 1 and tensor.shape == (1, 3, 88, 136)
+    assert np.allclose(tensor.permute(0, 2, 3, 1).numpy() / 2 + 0.5, array, atol=1e-6)
+    assert np.array_equal(pil, (array[0] * 255).round().astype(np.uint8))
+    settings = {"height": 88, "width": 136, "num_inference_steps": [3, 2], "seeds": 7, "output_type": "np"}
+    assert np.array_equal(pipeline("a bird in a cage", return_dict=False, **settings)[0], array)
+
+
+def test_guidance(pipeline: PhysFormerPipeline) -> None:
+    asked: list[tuple[int, bool]] = []
+    network = pipeline.transformer
+
+    def listen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        z, _, prompt, level = args[:4]
+        asked.append((int(level[0]), torch.equal(prompt.pooled[0], network.null_pooled)))
+
+    hook = network.register_forward_pre_hook(listen, with_kwargs=True)
+    plain = draw(pipeline, guidance=1.0)
+    assert asked == [(0, False)] * 3 + [(1, False)] * 2  # off: the network runs once
+    asked.clear()
+    guided = draw(pipeline, guidance=4.0)
+    assert asked == [(0, False), (0, True)] * 3 + [(1, False)] * 2  # and at fine levels too
+    asked.clear()
+    draw(pipeline, guidance=Guidance(scale=4.0, interval=(0.3, 0.6), fine_levels=True))
+    assert sum(unconditional for level, unconditional in asked if level == 0) == 1
+    assert sum(unconditional for level, unconditional in asked if level == 1) == 1
+    hook.remove()
+    assert np.abs(guided - plain).max() > 2 / 255
+    negative = draw(pipeline, negative_prompt="two cats")
+    assert np.abs(negative - guided).max() > 2 / 255
+    # Guidance away from the prompt itself leads nowhere.
+    assert np.abs(draw(pipeline, negative_prompt="a bird in a cage") - plain).max() <= 1 / 255
+
+
+def test_prompts_are_encoded_once_and_alone(pipeline: PhysFormerPipeline) -> None:
+    draw(pipeline, ["cat", "a red car", "cat"], negative_prompt="cat", num_inference_steps=[1, 1])
+    encoder = pipeline.prompt_encoder
+    assert isinstance(encoder, WordEncoder)
+    assert encoder.calls == [["cat"], ["a red car"], ["cat"]]
+    with torch.no_grad():
+        encoded = pipeline.encode_prompt(["cat", None, "a red car"])
+    network = pipeline.transformer
+    assert torch.equal(encoded.pooled[1], network.null_pooled)
+    with torch.no_grad():
+        null = network.encode_prompt(
+            network.null_prompt[None], torch.ones(1, 3, dtype=torch.bool), network.null_pooled[None]
+        )
+    for pair, expected in zip(encoded.key_values, null.key_values, strict=True):
+        assert torch.allclose(pair.value[1, :, :3], expected.value[0], atol=1e-5)
+
+
+def test_callbacks_see_every_step_and_level(pipeline: PhysFormerPipeline) -> None:
+    steps: list[StepEvent] = []
+    levels: list[StepEvent] = []
+    draw(pipeline, ["cat", "dog"], callback_on_step_end=steps.append, callback_on_level_end=levels.append)
+    assert [(e.level, e.step, e.steps, e.levels) for e in steps] == [
+        (0, 1, 3, 2), (0, 2, 3, 2), (0, 3, 3, 2), (1, 1, 2, 2), (1, 2, 2, 2),
+    ]  # fmt: skip
+    assert [(e.level, e.step, e.steps) for e in levels] == [(0, 3, 3), (1, 2, 2)]
+    assert levels[0].field.shape == (2, 3, 48, 72) and levels[1].field.shape == (2, 3, 88, 136)
+    assert torch.equal(steps[-1].field, levels[-1].field)
+    preview = pipeline.postprocess(levels[0].field, levels[0].size.height, levels[0].size.width)
+    assert preview[0].size == (68, 44)
+
+
+def test_steps_per_level() -> None:
+    assert steps_per_level(None, 6) == [20, 4, 3, 2, 2, 2]
+    assert steps_per_level(None, 1) == [DEFAULT_STEPS[0]]
+    assert steps_per_level(40, 5) == [40, 8, 6, 4, 4]
+    assert steps_per_level(1, 3) == [1, 1, 1]
+    assert steps_per_level([9, 2], 4) == [9, 2, 2, 2]
+    for wrong in (0, -5, [], [3, 0]):
+        with pytest.raises(ConfigError):
+            steps_per_level(wrong, 3)
+
+
+def test_saved_and_loaded_it_draws_the_same(pipeline: PhysFormerPipeline, tmp_path: Path) -> None:
+    flow = {"path": "cosine", "start_noise": 0.4, "coarse_noise": 0.1}
+    original = PhysFormerPipeline(pipeline.transformer, text_encoder_name="words", flow=flow, prompt_tokens=9)
+    original._text_encoder = WordEncoder()
+    original.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
+    assert index["flow"] == flow and index["prompt_tokens"] == 9
+    loaded = PhysFormerPipeline.from_pretrained(tmp_path)
+    assert (loaded.config.text_encoder_name, loaded.config.codec_name) == ("words", "pixels")
+    assert loaded.config.prompt_tokens == 9 and loaded.flow == original.flow
+    assert loaded.flow.path == "cosine" and loaded.pyramid == original.pyramid
+    loaded._text_encoder = WordEncoder()
+    assert np.array_equal(draw(loaded), draw(original))
+    assert not np.array_equal(draw(loaded), draw(pipeline))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_draws_nearly_the_same(pipeline: PhysFormerPipeline, tmp_path: Path, dtype: torch.dtype) -> None:
+    pipeline.save_pretrained(tmp_path)
+    half = PhysFormerPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert half.transformer.dtype == dtype
+    half._text_encoder = WordEncoder()
+    difference = np.abs(draw(half) - draw(pipeline))
+    assert difference.mean() < 0.02
+
+
+def test_velocity_prediction_and_other_paths_run(pipeline: PhysFormerPipeline) -> None:
+    for flow in ({"prediction": "velocity"}, {"path": "vp"}, {"path": "quadratic"}):
+        other = PhysFormerPipeline(pipeline.transformer, text_encoder_name="words", flow=flow)
+        other._text_encoder = WordEncoder()
+        assert np.isfinite(draw(other)).all()
+
+
+def test_latents_of_an_autoencoder(pipeline: PhysFormerPipeline) -> None:
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    autoencoder = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=3,
+    )  # fmt: skip
+    pipeline._codec = AutoencoderCodec("tiny", autoencoder)
+    assert [(s.height, s.width) for s in pipeline.level_sizes(201, 171)] == [(51, 43), (101, 86)]
+    assert draw(pipeline, height=201, width=171).shape == (1, 201, 171, 3)
+
+
+def test_what_cannot_be_drawn_is_refused(pipeline: PhysFormerPipeline) -> None:
+    for prompt, reason in (
+        ("", "empty"),
+        (["cat", "  "], "empty"),
+        ("a b c d e f g h i", "9 tokens"),
+        ([], "no prompt"),
+    ):
+        with pytest.raises(PromptError, match=reason):
+            draw(pipeline, prompt)
+    with pytest.raises(PromptError, match="empty"):
+        draw(pipeline, negative_prompt=" ")
+    with pytest.raises(PromptError, match="seeds"):
+        draw(pipeline, ["cat", "dog"], seeds=[1])
+    for size in ({"height": 0}, {"width": -8}):
+        with pytest.raises(SizeError):
+            draw(pipeline, **size)
+    for wrong in ({"num_inference_steps": 0}, {"solver": "rk4"}, {"guidance": -1.0}, {"output_type": "jpeg"}):
+        with pytest.raises(ConfigError):
+            draw(pipeline, **wrong)
+    with pytest.raises(ConfigError):
+        PhysFormerPipeline(pipeline.transformer, flow={"path": "zigzag"})
+
+
+def test_golden_values(pipeline: PhysFormerPipeline) -> None:
+    """Noise, levels, guidance and solver together; the weights follow a formula and are the same everywhere."""
+    model = PhysFormerTransformer2DModel(**pipeline.transformer.config)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            index = torch.arange(parameter.numel(), dtype=torch.float64)
+            fan = parameter.shape[1] if parameter.ndim == 2 else 4.0
+            parameter.copy_(((index * 1.7 + number).sin() * 0.4 * fan**-0.5).float().reshape(parameter.shape))
+    golden = PhysFormerPipeline(model.eval(), text_encoder_name="words")
+    golden._text_encoder = WordEncoder()
+    picture = draw(golden, "a bird in a cage", output_type="pt", seeds=[7])[0]
+    assert torch.allclose(picture[:, 40, 60:64].flatten(), torch.tensor(GOLDEN), atol=1e-4), picture[:, 40, 60:64]
+    assert picture.square().mean().sqrt().item() == pytest.approx(GOLDEN_RMS, abs=1e-4)
+
+
+GOLDEN = [
+    -0.33562,
+    -0.25284,
+    -0.00094,
+    0.39446,
+    0.18202,
+    0.19361,
+    0.42578,
+    0.80991,
+    0.50201,
+    0.29528,
+    -0.03226,
+    -0.34107,
+]
+GOLDEN_RMS = 0.3377

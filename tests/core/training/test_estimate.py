@@ -1,0 +1,102 @@
+"""What a run is said to cost: operations held to torch's counter, memory to what autograd keeps."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from physformer_core.config import load_preset
+from physformer_core.data.loader import BatchStream, ShardSet
+from physformer_core.model.flops import picture_flops, prompt_flops, training_flops
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
+from physformer_core.training.estimate import estimate_run
+from physformer_core.training.optimizer import NEWTON_SCHULZ_STEPS, orthogonalize
+from physformer_core.training.trainer import Trainer
+
+
+def counted(function) -> int:
+    # The fused attention of CPUs is not in torch's table; written out, the same products are.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        counted.result = function()
+    return counter.get_total_flops()
+
+
+# One dense call; dense with a window that does not cover the field; blocks with halos.
+@pytest.mark.parametrize(("height", "width", "batch"), [(8, 8, 3), (4, 24, 2), (18, 21, 1)])
+def test_operations_agree_with_torch(height, width, batch):
+    torch.manual_seed(0)
+    model = PhysFormerTransformer2DModel(**load_preset("debug").model)
+    tokens = 16
+    embeds, mask = torch.randn(batch, tokens, 384), torch.ones(batch, tokens, dtype=torch.bool)
+    pooled, drop = torch.randn(batch, 384), torch.zeros(batch, dtype=torch.bool)
+    field = torch.randn(batch, 3, 8 * height, 8 * width)
+    level = torch.ones(batch, dtype=torch.long)
+
+    prompt = counted(lambda: model.encode_prompt(embeds, mask, pooled, drop))
+    encoded = counted.result
+    forward = counted(lambda: model(field, torch.rand(batch), encoded, level, field).sample)
+    loss = counted.result.square().mean()
+    backward = counted(loss.backward)
+
+    assert prompt == batch * prompt_flops(model, tokens)
+    assert forward == batch * picture_flops(model, height, width, tokens)
+    assert prompt + forward + backward == batch * training_flops(model, height, width, tokens)
+
+
+def test_halo_attention_is_linear_in_tokens():
+    model = PhysFormerTransformer2DModel(**load_preset("debug").model)
+    one, four = picture_flops(model, 64, 64, 16), picture_flops(model, 128, 128, 16)
+    assert 3.8 < four / one < 4.0  # a little less than 4: the border is shared by more
+
+
+def test_a_run(scene_set, tmp_path):
+    config = load_preset("debug")
+    shards = ShardSet(scene_set)
+    estimate = estimate_run(config, shards)
+    trainer = Trainer(config, scene_set, tmp_path, device="cpu")
+    trainer.run()
+
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    state = sum(t.numel() for t in trainer.optimizer.state_tensors().values() if t.ndim)
+    assert estimate.parameters == parameters
+    assert estimate.state_bytes == 4 * (3 * parameters + state)  # and as many gradients and averages as weights
+    assert estimate.steps_per_epoch["base"] == pytest.approx(shards.count("base") / 4 / 0.5)
+
+    muon = counted(
+        lambda: [
+            orthogonalize(p.detach()[None], NEWTON_SCHULZ_STEPS, torch.float32)
+            for part, _ in trainer.optimizer.parts[1:]
+            for group in part.param_groups
+            for p in group["params"]
+        ]
+    )
+    assert muon < estimate.flops_per_step < muon + 10 * 64 * 4 * parameters * 6
+
+
+def test_activations_are_what_autograd_keeps(scene_set, tmp_path):
+    config = load_preset("debug").override("training", crop_fraction=0.0, steps=1)
+    estimate = estimate_run(config, ShardSet(scene_set))
+    trainer = Trainer(config, scene_set, tmp_path, device="cpu")
+    batch = BatchStream(trainer.shards, seed=0, batch_size=4, crop_fraction=0.0).batch(0)
+    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    generator = torch.Generator().manual_seed(0)
+    with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.objective(trainer.model, batch, generator)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    assert estimate.activation_bytes == pytest.approx(measured, rel=0.1)
+
+
+def test_large_networks_are_estimated_without_being_built(scene_set):
+    shards = ShardSet(scene_set)
+    small, large = (
+        estimate_run(load_preset(name).override("training", batch_size=4, steps=2), shards) for name in ("s", "xl")
+    )
+    assert small.parameters < large.parameters and small.activation_bytes < large.activation_bytes
+    assert large.parameters > 500e6

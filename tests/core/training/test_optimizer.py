@@ -1,0 +1,142 @@
+"""Muon, the division of parameters between the optimizers, their state, and the schedule."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from physformer_core.config import load_preset
+from physformer_core.errors import ConfigError
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
+from physformer_core.training.optimizer import Muon, Optimizer, orthogonalize, schedule, split_parameters
+
+SHAPES = [(24, 24), (64, 16), (16, 64), (96, 24), (1, 8)]
+
+
+def model() -> PhysFormerTransformer2DModel:
+    torch.manual_seed(0)
+    return PhysFormerTransformer2DModel(**load_preset("debug").model)
+
+
+def optimizer(network: nn.Module, name: str = "muon") -> Optimizer:
+    return Optimizer(
+        network,
+        name=name,
+        lr=1e-2,
+        muon_lr=1e-2,
+        weight_decay=0.1,
+        betas=(0.9, 0.98),
+        muon_dtype=torch.float32,
+    )
+
+
+def take_steps(network: nn.Module, optimizers: Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for parameter in network.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizers.step(1.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orthogonalize_brings_singular_values_near_1(shape):
+    torch.manual_seed(1)
+    matrices = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e3])[:, None, None]
+    result = orthogonalize(matrices, 5, torch.float32)
+    singular = torch.linalg.svdvals(result)
+    assert result.shape == matrices.shape and 0.6 < singular.min() and singular.max() < 1.25
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    nearest = left @ right
+    cosine = (result * nearest).sum((1, 2)) / (result.norm(dim=(1, 2)) * nearest.norm(dim=(1, 2)))
+    assert cosine.min() > 0.97
+
+
+def test_orthogonalize_does_not_mix_a_batch():
+    torch.manual_seed(1)
+    matrices = torch.randn(4, 12, 20)
+    alone = torch.cat([orthogonalize(matrix[None], 5, torch.float32) for matrix in matrices])
+    torch.testing.assert_close(orthogonalize(matrices, 5, torch.float32), alone)
+    assert not orthogonalize(torch.zeros(1, 4, 4), 5, torch.float32).any()
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_muon_agrees_with_torch(shape):
+    torch.manual_seed(2)
+    start = torch.randn(shape)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
+    pair = (
+        (ours, Muon([ours], **options, dtype=torch.bfloat16)),
+        (theirs, torch.optim.Muon([theirs], **options, nesterov=True, adjust_lr_fn="match_rms_adamw")),
+    )
+    for _ in range(4):
+        gradient = torch.randn(shape)
+        for parameter, part in pair:
+            parameter.grad = gradient.clone()
+            part.step()
+    moved = (theirs - start).norm()
+    assert moved > 0.1 and (ours - theirs).norm() < 0.01 * moved  # both in bfloat16, in another order of operations
+
+
+def test_every_parameter_is_trained_exactly_once():
+    network = model()
+    muon, adamw = split_parameters(network)
+    assert not muon.keys() & adamw.keys()
+    assert muon.keys() | adamw.keys() == dict(network.named_parameters()).keys()
+    for name in ("muon", "adamw"):
+        held = [p for part, _ in optimizer(network, name).parts for group in part.param_groups for p in group["params"]]
+        assert len(held) == len(set(held)) == len(list(network.parameters()))
+
+
+def test_muon_has_the_matrices_of_blocks_alone():
+    muon, adamw = split_parameters(model())
+    assert {"blocks.0.attn.to_q.weight", "text_blocks.0.to_qkv.weight"} < muon.keys()
+    assert all(p.ndim == 2 and name.startswith(("blocks.", "text_blocks.")) for name, p in muon.items())
+    assert {"blocks.0.modulation.weight", "blocks.0.attn.drift_logit", "patch_embed.proj1.weight"} < adamw.keys()
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_state_goes_through_tensors(name):
+    straight, stopped, resumed = model(), model(), model()
+    take_steps(straight, optimizer(straight, name), 0, 4)
+    first = optimizer(stopped, name)
+    take_steps(stopped, first, 0, 2)
+    resumed.load_state_dict(stopped.state_dict())
+    second = optimizer(resumed, name)
+    second.load_state_tensors(first.state_tensors())
+    take_steps(resumed, second, 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    forgetful = model()
+    forgetful.load_state_dict(stopped.state_dict())
+    take_steps(forgetful, optimizer(forgetful, name), 2, 4)
+    assert not all(torch.equal(a, b) for a, b in zip(straight.parameters(), forgetful.parameters(), strict=True))
+
+
+def test_loaded_state_is_a_copy():
+    network = model()
+    part = optimizer(network)
+    take_steps(network, part, 0, 1)
+    tensors = {name: value.clone() for name, value in part.state_tensors().items()}
+    other = model()
+    second = optimizer(other)
+    second.load_state_tensors(tensors)
+    before = {name: value.clone() for name, value in tensors.items()}
+    take_steps(other, second, 1, 2)
+    assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ConfigError, match="unknown optimizer 'sgd'"):
+        optimizer(model(), "sgd")
+
+
+def test_schedule():
+    def at(step: int) -> float:
+        return schedule(step, 1000, warmup_fraction=0.1)
+
+    assert at(0) == pytest.approx(0.1) and at(50) == pytest.approx(0.55) and at(100) == pytest.approx(1.0)
+    assert at(550) == pytest.approx(0.55) and at(1000) == pytest.approx(0.1) and at(2000) == pytest.approx(0.1)
+    values = [at(step) for step in range(100, 1001)]
+    assert values == sorted(values, reverse=True)
+    assert all(math.isfinite(schedule(step, 1, warmup_fraction=0.0)) for step in range(3))

@@ -1,0 +1,337 @@
+"""The training loop: stopped anywhere and gone on with, it ends with the same bytes; nothing half-written stays."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from physformer_core.config import load_preset
+from physformer_core.errors import CheckpointError, ConfigError, OutputError
+from physformer_core.training import checkpoint
+from physformer_core.training.checkpoint import list_checkpoints, load_training_state
+from physformer_core.training.trainer import MAX_BAD_STEPS, Trainer, TrainingDiverged
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+# Trains and kills itself, the hard way, at two moments. Processes are forked: imports take most of the time.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from physformer_core.config import load_preset
+from physformer_core.training import checkpoint
+from physformer_core.training.trainer import Trainer
+
+torch.set_num_threads(1)
+data, folder = map(Path, sys.argv[1:])
+save = checkpoint.save_file
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half(tensors, path):
+    save(tensors, path)
+    if "step-00000008" in str(path):
+        os.truncate(path, 1000)
+        die()
+
+for moment in ("between", "saving"):
+    child = os.fork()
+    if not child:
+        trainer = Trainer(load_preset("debug"), data, folder / moment, device="cpu")
+        if moment == "between":
+            trainer.on_step = lambda step: die() if step == 6 else None
+        else:
+            checkpoint.save_file = half
+        trainer.run()
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def make(data, folder, *, init_from=None, **training) -> Trainer:
+    config = load_preset("debug").override("training", **training)
+    return Trainer(config, data, folder, device="cpu", init_from=init_from)
+
+
+def same_state(one, two) -> bool:
+    """Whether two checkpoints have the same average, weights and optimizer state, to the bit."""
+    for name in (WEIGHTS, "state.safetensors"):
+        first, second = load_file(one / name), load_file(two / name)
+        if first.keys() != second.keys() or not all(torch.equal(first[key], second[key]) for key in first):
+            return False
+    return True
+
+
+def names(trainer: Trainer) -> list[str]:
+    return sorted(path.name for path in trainer.checkpoint_dir.iterdir())
+
+
+@pytest.fixture(scope="module")
+def straight(scene_set, tmp_path_factory):
+    """The run's folder of eight steps that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    assert make(scene_set, folder).run()
+    return folder
+
+
+@pytest.fixture
+def final(straight):
+    return straight / "checkpoints" / "step-00000008"
+
+
+def test_a_run_leaves_checkpoints_and_a_log(straight, final):
+    assert [path.name for path in list_checkpoints(straight / "checkpoints")] == ["step-00000004", "step-00000008"]
+    assert {path.name for path in final.iterdir()} == {
+        "model_index.json",
+        "transformer",
+        "state.json",
+        "state.safetensors",
+    }
+    records = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert [next(iter(record["losses"])) for record in records] == ["base", "crop"] * 4
+    assert {"validation_base", "validation_crop"} < records[3]["losses"].keys()
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_stopped_and_resumed_equals_straight(scene_set, tmp_path, final, stop):
+    first = make(scene_set, tmp_path)
+    first.on_step = lambda step: first.request_stop() if step == stop else None
+    assert not first.run()
+    assert names(first) == [f"step-{stop:08d}"]
+    second = make(scene_set, tmp_path)
+    assert second.resume("auto") == first.checkpoint_dir / f"step-{stop:08d}" and second.step == stop
+    assert second.run()
+    assert same_state(second.checkpoint_dir / "step-00000008", final)
+
+
+@pytest.fixture(scope="module")
+def killed(scene_set, tmp_path_factory):
+    """The folder of two runs that were killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", KILLED, scene_set, folder]
+    ending = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    assert ending.stdout.split() == [str(-signal.SIGKILL)] * 2
+    return folder
+
+
+@pytest.mark.parametrize("moment", ["between", "saving"])
+def test_killed_and_resumed_equals_straight(scene_set, killed, final, moment):
+    trainer = make(scene_set, killed / moment)
+    assert [path.name for path in list_checkpoints(trainer.checkpoint_dir)] == ["step-00000004"]
+    assert trainer.resume("auto") is not None and trainer.step == 4
+    assert trainer.run()
+    assert same_state(trainer.checkpoint_dir / "step-00000008", final)
+    assert names(trainer) == ["step-00000004", "step-00000008"], "what was half-written is gone"
+
+
+def test_other_steps_differ(straight):
+    folder = straight / "checkpoints"
+    assert not same_state(folder / "step-00000004", folder / "step-00000008")
+
+
+def test_a_finished_run_has_nothing_to_do(scene_set, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    trainer = make(scene_set, tmp_path / "run")
+    trainer.resume("auto")
+    assert trainer.run() and trainer.step == 8
+    with pytest.raises(ConfigError, match="8 steps already"):
+        make(scene_set, tmp_path / "run", steps=6).resume("auto")
+
+
+def test_resume_without_a_checkpoint(scene_set, tmp_path):
+    trainer = make(scene_set, tmp_path)
+    assert trainer.resume("auto") is None and trainer.step == 0
+    with pytest.raises(CheckpointError, match="cannot read checkpoint"):
+        trainer.resume(tmp_path / "none")
+
+
+def test_resume_from_an_earlier_step_sets_later_ones_aside(scene_set, straight, tmp_path, final):
+    shutil.copytree(straight, tmp_path / "run")
+    trainer = make(scene_set, tmp_path / "run")
+    trainer.resume(trainer.checkpoint_dir / "step-00000004")
+    assert names(trainer) == ["step-00000004"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints-earlier-1").iterdir()] == ["step-00000008"]
+    trainer.run()
+    assert same_state(trainer.checkpoint_dir / "step-00000008", final)
+
+
+def test_starting_afresh_keeps_the_earlier_run(scene_set, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    trainer = make(scene_set, tmp_path / "run")
+    aside = trainer.start_afresh()
+    assert {path.name for path in aside.iterdir()} == {"step-00000004", "step-00000008", "log.jsonl"}
+    assert names(trainer) == [] and trainer.start_afresh() is None
+
+
+def test_resume_refuses_what_belongs_elsewhere(scene_set, straight, tmp_path):
+    trainer = make(scene_set, tmp_path)
+    trainer.shards.manifest["key"] = "another set's"
+    with pytest.raises(CheckpointError, match="other data"):
+        trainer.resume(straight)
+    config = load_preset("debug").override("model", num_layers=1)
+    with pytest.raises(CheckpointError, match="another model configuration"):
+        Trainer(config, scene_set, tmp_path, device="cpu").resume(straight)
+
+
+def test_damaged_checkpoints_are_refused(scene_set, final, tmp_path):
+    for number, damage in enumerate(
+        (
+            lambda folder: os.truncate(folder / "state.safetensors", 5000),
+            lambda folder: (folder / WEIGHTS).unlink(),
+            lambda folder: (folder / "state.json").write_text("{"),
+            lambda folder: (folder / "state.json").write_text('{"format": "other/1"}'),
+        )
+    ):
+        folder = tmp_path / str(number) / "step-00000008"
+        shutil.copytree(final, folder)
+        damage(folder)
+        with pytest.raises(CheckpointError):
+            load_training_state(folder)
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+FULL_TOLD_BY_SAFETENSORS = SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("fault", [FULL, FULL_TOLD_BY_SAFETENSORS])
+def test_a_full_disk_leaves_the_last_whole_checkpoint(scene_set, tmp_path, monkeypatch, fault):
+    trainer = make(scene_set, tmp_path)
+    save = checkpoint.save_file
+
+    def fill(tensors, path):
+        save(tensors, path)
+        if "step-00000008" in str(path):
+            os.truncate(path, 1000)
+            raise fault
+
+    monkeypatch.setattr(checkpoint, "save_file", fill)
+    with pytest.raises(OutputError, match="no space left on the disk"):
+        trainer.run()
+    assert names(trainer) == ["step-00000004"]
+    assert load_training_state(trainer.checkpoint_dir / "step-00000004").step == 4
+
+
+def test_a_file_too_large_for_the_system(scene_set, tmp_path):
+    trainer = make(scene_set, tmp_path, steps=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot write .*step-00000001"):
+            trainer.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(trainer) == []
+
+
+def test_a_second_ctrl_c_while_saving_leaves_nothing_half(scene_set, tmp_path, monkeypatch):
+    trainer = make(scene_set, tmp_path, steps=1)
+
+    def interrupted(tensors, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save()
+    assert names(trainer) == []
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters()), "the average is out again"
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({"keep_last": 1}, [8]), ({"keep_last": 3}, [6, 7, 8]), ({"keep_last": 2, "keep_every": 3}, [3, 6, 7, 8])],
+)
+def test_which_checkpoints_are_kept(scene_set, tmp_path, options, kept):
+    trainer = make(scene_set, tmp_path, checkpoint_every=1, validate_every=8, **options)
+    trainer.run()
+    assert names(trainer) == [f"step-{step:08d}" for step in kept]
+
+
+def test_validation_is_deterministic_and_changes_nothing(scene_set, tmp_path):
+    trainer = make(scene_set, tmp_path, validation_batches=2)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    first = trainer.validate()
+    torch.randn(7)  # what anyone drew in between
+    assert trainer.validate() == first and first.keys() == {"validation_base", "validation_crop"}
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert make(scene_set, tmp_path, validation_batches=2, seed=1).validate() != first
+
+
+def test_validation_with_fewer_held_out_than_a_batch(scene_set, tmp_path):
+    trainer = make(scene_set, tmp_path, batch_size=32)
+    assert trainer.shards.count("base", "validation") < 32
+    assert trainer.validate().keys() == {"validation_base", "validation_crop"}
+
+
+def test_divergence_is_told_with_its_step(scene_set, tmp_path):
+    trainer = make(scene_set, tmp_path, lr=1e30, muon_lr=1e30, steps=40, checkpoint_every=40, validate_every=40)
+    with pytest.raises(
+        TrainingDiverged, match=rf"{MAX_BAD_STEPS} steps in a row, up to step \d+ \(examples "
+    ) as caught:
+        trainer.run()
+    assert "lower learning rate" in caught.value.hint
+    assert f"up to step {trainer.step} " in caught.value.message and trainer.skipped == MAX_BAD_STEPS
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_one_bad_step_is_skipped(scene_set, tmp_path):
+    trainer = make(scene_set, tmp_path, steps=3)
+    objective, weights = trainer.objective, []
+
+    def spoiled(model, batch, generator):
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        losses = objective(model, batch, generator)
+        if batch.step == 1:
+            losses.mean = losses.mean * float("nan")
+        return losses
+
+    trainer.objective = spoiled
+    trainer.validate = lambda: {}
+    trainer.run()
+    assert trainer.skipped == 1
+    assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
+    assert load_training_state(trainer.checkpoint_dir / "step-00000003").metadata["skipped"] == 1
+
+
+def test_init_from(scene_set, final, tmp_path):
+    average = load_file(final / WEIGHTS)
+    for folder in (final, final / "transformer"):
+        trainer = make(scene_set, tmp_path, init_from=folder, seed=3)
+        assert trainer.step == 0
+        assert all(torch.equal(p, average[name]) for name, p in trainer.model.named_parameters())
+        assert all(torch.equal(trainer.ema.shadow[name], average[name]) for name in average)
+
+
+def test_init_from_what_does_not_fit(scene_set, final, tmp_path):
+    with pytest.raises(CheckpointError, match="cannot start from"):
+        make(scene_set, tmp_path, init_from=tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(final, broken)
+    os.truncate(broken / WEIGHTS, 3000)
+    with pytest.raises(CheckpointError, match="cannot start from"):
+        make(scene_set, tmp_path, init_from=broken)
+    config = load_preset("debug").override("model", num_layers=1)
+    with pytest.raises(ConfigError, match="has num_layers 2, this run 1"):
+        Trainer(config, scene_set, tmp_path, device="cpu", init_from=final)
+
+
+def test_an_output_folder_that_cannot_be(scene_set, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="a part of its path is a file"):
+        make(scene_set, tmp_path / "file" / "run").run()
