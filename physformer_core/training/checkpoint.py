@@ -55,7 +55,7 @@ class TrainingState:
             {k.removeprefix("optimizer."): v for k, v in self.tensors.items() if k.startswith("optimizer.")}
         )
         for name, value in ema.shadow.items():
-            value.copy_(self.average[name])
+            pass
 
 
 def save_checkpoint(
