@@ -43,9 +43,7 @@ def model(
 
     shapes = [field_shape(count) for count in sizes]
     cases = [
-        EvaluationCase(
-            preset=preset, backend=backend, height=h, width=w, dtype=dtype, device=device, repeats=repeats
-        )
+        EvaluationCase(preset=preset, backend=backend, height=h, width=w, dtype=dtype, device=device, repeats=repeats)
         for h, w in shapes
     ]
     with console.progress() as add:
@@ -55,9 +53,7 @@ def model(
         "preset": preset,
         "backend": backend,
         "machine": machine(),
-        "sizes": [
-            {**vars(result), "height": h, "width": w} for result, (h, w) in zip(results, shapes, strict=True)
-        ],
+        "sizes": [{**vars(result), "height": h, "width": w} for result, (h, w) in zip(results, shapes, strict=True)],
     }
     if len(results) > 1:
         counts = [result.tokens for result in results]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class AutoencoderCodec(Codec):
         model: The loaded autoencoder.
     """
 
-    def __init__(self, name: str, model: torch.nn.Module) -> None:
+    def __init__(self, name: str, model: Any) -> None:
         self.name, self.model = name, model.eval().requires_grad_(False)
         config = model.config
         self.channels = config.latent_channels
@@ -71,7 +71,7 @@ class AutoencoderCodec(Codec):
     def decode(self, field: Tensor) -> Tensor:
         return self._model_for(field).decode(field / self.scale + self.shift).sample.clamp(-1, 1)
 
-    def _model_for(self, tensor: Tensor) -> torch.nn.Module:
+    def _model_for(self, tensor: Tensor) -> Any:
         """The autoencoder, where the field is: the transformer's device may have changed since it was loaded."""
         return self.model.to(tensor.device)
 

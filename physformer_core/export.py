@@ -28,7 +28,9 @@ __all__ = ["PhysFormerPipeline"]
 '''
 
 
-def export_checkpoint(checkpoint: Checkpoint, output_dir: Path, *, dtype: torch.dtype, for_diffusers: bool = False) -> Path:
+def export_checkpoint(
+    checkpoint: Checkpoint, output_dir: Path, *, dtype: torch.dtype, for_diffusers: bool = False
+) -> Path:
     """Writes ``checkpoint`` to ``output_dir``, whole or not at all.
 
     Args:

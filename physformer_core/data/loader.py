@@ -11,7 +11,7 @@ import functools
 import json
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -420,7 +420,7 @@ class BatchStream:
         mine = slice(self._rank * self.batch_size, (self._rank + 1) * self.batch_size)
         return self._gather(kind, step, merged[bucket], rows[mine], draws[mine])
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches from a step on, without end; a thread makes the next ones meanwhile."""
         if self._prefetch == 0:
             step = start_step

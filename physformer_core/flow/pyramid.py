@@ -122,9 +122,7 @@ def picture_seed(seed: int, index: int, level: int, purpose: str = "start") -> i
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def picture_noise(
-    shape: tuple[int, int, int], seed: int, index: int, level: int, purpose: str = "start"
-) -> Tensor:
+def picture_noise(shape: tuple[int, int, int], seed: int, index: int, level: int, purpose: str = "start") -> Tensor:
     """Standard normal noise [C, H, W] drawn on the CPU in float32 from (seed, index, level) alone."""
     generator = torch.Generator().manual_seed(picture_seed(seed, index, level, purpose))
     return torch.randn(shape, generator=generator)

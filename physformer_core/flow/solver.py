@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class SolverSettings:
 def euler(velocity: Velocity, z: Tensor, settings: SolverSettings, on_step: OnStep | None = None) -> Tensor:
     """First order; one evaluation a step."""
     times = settings.times()
-    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for index, (t, t_next) in enumerate(pairwise(times)):
         z = z + (t_next - t) * velocity(z, t)
         if on_step is not None:
             on_step(index, t_next, z)
@@ -61,7 +62,7 @@ def euler(velocity: Velocity, z: Tensor, settings: SolverSettings, on_step: OnSt
 def heun(velocity: Velocity, z: Tensor, settings: SolverSettings, on_step: OnStep | None = None) -> Tensor:
     """Second order; two evaluations a step, one at the last, whose far end is the data itself."""
     times = settings.times()
-    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for index, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(z, t)
         ahead = z + (t_next - t) * v
         z = ahead if index == settings.steps - 1 else z + (t_next - t) * (v + velocity(ahead, t_next)) / 2
@@ -75,7 +76,7 @@ def multistep(velocity: Velocity, z: Tensor, settings: SolverSettings, on_step: 
     times = settings.times()
     before: Tensor | None = None
     last = 0.0
-    for index, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for index, (t, t_next) in enumerate(pairwise(times)):
         v, step = velocity(z, t), t_next - t
         slope = v if before is None else v + step / (2 * last) * (v - before)
         z = z + step * slope

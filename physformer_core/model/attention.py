@@ -223,9 +223,8 @@ def halo_attention(
         k[:, :, :, :cells, :, content:] = key_geometry(window_yx.reshape(-1, 2), key.dtype, valid)[None, :, :, :, None]
         k[:, :, :, :cells, :, :content].unflatten(3, (window, window)).copy_(_windows(key[:, halo_rows], grid))
         v[:, :, :, :cells].unflatten(3, (window, window)).copy_(_windows(value[:, halo_rows], grid))
-        out = F.scaled_dot_product_attention(
-            *(t.reshape(number, -1, heads, head_dim).transpose(1, 2) for t in (q, k, v)), scale=1.0
-        )
+        q, k, v = (t.reshape(number, -1, heads, head_dim).transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         out = out.transpose(1, 2).reshape(batch, count, blocks_x, block, block, heads, head_dim).transpose(2, 3)
         outputs.append(out.reshape(batch, count * block, blocks_x * block, heads, head_dim))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -312,7 +311,7 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
         width = torch.where(torch.arange(num_heads) % 2 == 0, 0.9 * max_sigma, 0.5 * max_sigma)
         self.sigma_logit = nn.Parameter(torch.logit(width / max_sigma))
         self.text_altitude = nn.Parameter(torch.zeros(num_heads))
-        self.set_processor(PhysFormerAttnProcessor())
+        self.processor: Callable[..., Tensor] = PhysFormerAttnProcessor()
 
     def drift(self) -> Tensor:
         """[heads, 2] drift (y, x) in tokens, within ``max_drift`` per axis."""
@@ -359,4 +358,5 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
 
     def forward(self, hidden_states: Tensor, text: TextKeyValue | None, plan: AttentionPlan) -> Tensor:
         """Attention output [B, N, dim] for tokens [B, N, dim] in row order."""
-        return self.processor(self, hidden_states, text, plan)
+        output: Tensor = self.processor(self, hidden_states, text, plan)
+        return output

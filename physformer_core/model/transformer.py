@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -338,8 +338,13 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             elif isinstance(module, nn.Embedding):
                 # Unit size: levels ask for different outputs of one network and must be told apart from the start.
                 nn.init.normal_(module.weight)
-        for zero in [self.final_layer.modulation, self.final_layer.proj_out, *(b.modulation for b in self.blocks)]:
+        modulations = [module.modulation for module in self.modules() if isinstance(module, PhysFormerBlock)]
+        for zero in (self.final_layer.modulation, self.final_layer.proj_out, *modulations):
             nn.init.zeros_(zero.weight)
+
+    def attentions(self) -> list[PhysFormerAttention]:
+        """Every block's attention, in order."""
+        return [block.attn for block in self.blocks if isinstance(block, PhysFormerBlock)]
 
     def set_attention_backend(self, backend: Backend) -> None:
         """Runs every block's attention with ``auto``, ``reference``, ``dense`` or ``halo``.
@@ -376,12 +381,12 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         for block in self.text_blocks:
             text_states = block(text_states, prompt_mask)
         text_states = self.text_norm(text_states)
-        return EncodedPrompt([block.attn.encode_text(text_states, prompt_mask) for block in self.blocks], pooled)
+        return EncodedPrompt([attn.encode_text(text_states, prompt_mask) for attn in self.attentions()], pooled)
 
     def plan(self, height: int, width: int, origin: tuple[int, int], like: Tensor) -> list[AttentionPlan]:
         """Attention plans of even and odd blocks: the same, but for the grid's shift of half a block."""
         config, dtype = self.config, self.patch_embed.proj1.weight.dtype
-        angles = rotary_angles(height, width, origin, self.blocks[0].attn.rotary_dim, like.device).flatten(0, 1)
+        angles = rotary_angles(height, width, origin, self.attentions()[0].rotary_dim, like.device).flatten(0, 1)
         cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
         grid = BlockGrid(height=height, width=width, block=config.block_size, radius=config.radius, origin=origin)
         grids = (grid, replace(grid, shift=config.block_size // 2))

@@ -55,7 +55,7 @@ class TrainingState:
             {k.removeprefix("optimizer."): v for k, v in self.tensors.items() if k.startswith("optimizer.")}
         )
         for name, value in ema.shadow.items():
-            pass
+            value.copy_(self.average[name])
 
 
 def save_checkpoint(

@@ -78,6 +78,7 @@ class Muon(torch.optim.Optimizer):
             for shape, params in by_shape.items():
                 updates = []
                 for param in params:
+                    assert param.grad is not None
                     state = self.state[param]
                     if "momentum_buffer" not in state:
                         state["momentum_buffer"] = torch.zeros_like(param)
@@ -137,7 +138,7 @@ class Optimizer:
             {"params": matrices, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self.names = {param: key for key, param in model.named_parameters()}
+        self.names: dict[Tensor, str] = {param: key for key, param in model.named_parameters()}
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [
             (torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-10), lr)
         ]

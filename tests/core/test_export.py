@@ -41,8 +41,7 @@ def test_half_precision_halves_the_file_and_keeps_the_picture(checkpoint: Path, 
     assert kinds["blocks.0.attn.drift_logit"] == torch.float32
 
     first, second = (
-        PhysFormerPipeline.from_pretrained(folder, dtype=torch.float32)
-        for folder in (checkpoint, tmp_path / "fp16")
+        PhysFormerPipeline.from_pretrained(folder, dtype=torch.float32) for folder in (checkpoint, tmp_path / "fp16")
     )
     assert second.config.flow == {"start_noise": 0.3}
     difference = np.abs(first("a cat", **SIZE).images - second("a cat", **SIZE).images).max()

@@ -123,7 +123,7 @@ def test_guidance(pipeline: PhysFormerPipeline) -> None:
     network = pipeline.transformer
 
     def listen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        z, _, prompt, level = args[:4]
+        _z, _, prompt, level = args[:4]
         asked.append((int(level[0]), torch.equal(prompt.pooled[0], network.null_pooled)))
 
     hook = network.register_forward_pre_hook(listen, with_kwargs=True)

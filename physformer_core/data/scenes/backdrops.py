@@ -172,7 +172,8 @@ def _buildings(
         p.add(rect(x, base - h, w, h, fill), rect(x + w * 0.86, base - h, w * 0.14, h, mix(fill, "#000000", 0.18)))
         columns, rows = max(2, int(w / 62)), max(2, int(h / 84))
         dark = mix(fill, "#000000", 0.3) if p.time == "night" else p.tint("#bcd8ea")
-        lit_path, dark_path = [], []
+        lit_path: list[str] = []
+        dark_path: list[str] = []
         for i in range(columns):
             for j in range(rows):
                 wx, wy = x + w * 0.84 * (i + 0.28) / columns, base - h + h * (j + 0.3) / rows

@@ -182,8 +182,8 @@ def _caption(description: Description, random: Random, detail: float) -> str:
     elif not style and random.random() < 0.12 and description.subject.article != "the":
         text = text.partition(" ")[2]  # a bare "cat"
     if description.place and random.random() < detail:
-        phrases = PLACE_PHRASES[description.place]
-        text += " " + random.choice(phrases.get("over" if description.flying else "in", phrases["in"]))
+        places = PLACE_PHRASES[description.place]
+        text += " " + random.choice(places.get("over" if description.flying else "in", places["in"]))
     if description.time and description.place not in ("space", "underwater", "table"):
         stated = detail * {"day": 0.06, "sunset": 0.8, "night": 0.8}[description.time]
         if random.random() < stated:

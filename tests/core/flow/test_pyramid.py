@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from physformer_core.errors import ConfigError
 from physformer_core.flow.pyramid import DETAIL_SCALE, Pyramid, picture_noise, picture_seed
+import itertools
 
 
 def test_sizes_of_known_resolutions() -> None:
@@ -39,7 +42,7 @@ def test_any_size_has_levels_that_grow_into_one_another(height: int, width: int,
         assert size.padded_height % patch == size.padded_width % patch == 0
         assert 0 <= size.padded_height - size.height < patch and 0 <= size.padded_width - size.width < patch
         assert size.place == (0.0, 0.0, size.padded_height / size.height, size.padded_width / size.width)
-    for coarse, fine in zip(sizes, sizes[1:], strict=False):
+    for coarse, fine in itertools.pairwise(sizes):
         assert fine.height in (2 * coarse.height, 2 * coarse.height - 1)
         # The coarser level, twice as large, covers the finer one, padding included.
         assert 2 * coarse.padded_height >= fine.padded_height and 2 * coarse.padded_width >= fine.padded_width

@@ -57,7 +57,7 @@ def test_kernel_is_right_for_all_pairs_of_a_window(dtype: torch.dtype, tolerance
         assert (got - exact).abs().max() < tolerance, (drift, sigma)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     dy=st.floats(-2, 2, width=32), dx=st.floats(-2, 2, width=32), sigma=st.floats(0.5, 12, width=32),
     half=st.sampled_from([torch.bfloat16, torch.float16]),
@@ -107,7 +107,7 @@ def window_of(position: int, block: int, radius: int, shift: int) -> range:
     return range(start - radius, start + block + radius)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     height=st.integers(1, 21), width=st.integers(1, 21), block=st.sampled_from([2, 4, 8]), radius=st.integers(1, 5),
     shift=st.integers(0, 7), y=st.integers(0, 19), x=st.integers(0, 19),
