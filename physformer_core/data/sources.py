@@ -18,9 +18,9 @@ class Source:
     Args:
         name: What it is called on the command line.
         summary: What it holds, in a few words.
-        fetch: Writes the raw set, or what of it is missing, and returns its manifest: `fetch(output_dir, *, count, seed,
-            progress, workers, **options)`. It calls `progress(done, total)` before it does anything, and never when
-            all is there already.
+        fetch: Writes the raw set, or what of it is missing, and returns its manifest: `fetch(output_dir, *, count,
+            seed, progress, workers, **options)`. It calls `progress(done, total)` before it does anything, and never
+            when all is there already.
         unit: What is counted.
         options: Names of the keyword options that `fetch` takes besides the common ones.
     """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
@@ -27,7 +29,16 @@ _shared: dict[str, Any] = {}
 
 def _start_worker(counter: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and says stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _shared.update(counter=counter, stop=stop)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is gone (kill -9): nobody else would, and it would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _worker_tick(count: int) -> None:
@@ -37,8 +48,15 @@ def _worker_tick(count: int) -> None:
         _shared["counter"].value += count
 
 
-def _call_in_worker(function: Callable[..., None], task: Any) -> None:
-    function(task, _worker_tick)
+def _call_in_worker(function: Callable[..., Any], task: Any) -> Any:
+    return function(task, _worker_tick)
+
+
+def _died() -> DataError:
+    return DataError(
+        "a worker process died, probably for lack of memory",
+        hint="run the command again with fewer workers: what is finished is kept",
+    )
 
 
 def run_tasks(
@@ -92,10 +110,7 @@ def run_tasks(
                     future.result()
                 report(done + counter.value)
         except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process died, probably for lack of memory",
-                hint="run the command again with fewer workers: what is finished is kept",
-            ) from error
+            raise _died() from error
         except BaseException:
             stop.set()
             executor.shutdown(wait=False, cancel_futures=True)
@@ -119,3 +134,64 @@ def _run_here(
     for task in tasks:
         function(task, tick)
         report(count)
+
+
+def run_stream(
+    function: Callable[[Any, Callable[[int], None]], Any],
+    tasks: Iterable[Any],
+    workers: int,
+    *,
+    finished: Callable[[Any], None],
+    ticked: Callable[[int], None],
+) -> None:
+    """Like `run_tasks`, for tasks that are made while others run, and that return something.
+
+    Two tasks more than there are workers are taken from `tasks` at a time, so that their number, and what they carry,
+    does not fill the memory.
+
+    Args:
+        function: A module's function of a task and `tick`.
+        tasks: What can be pickled, made one after the other in this process.
+        workers: Processes; with one, everything happens in this process.
+        finished: Is given each result, in the order in which they come.
+        ticked: Is told the units ticked off so far in all.
+
+    Raises:
+        DataError: A process died.
+        Exception: Whatever a task, or making one, raised.
+    """
+    if workers == 1:
+        count = 0
+
+        def tick(more: int) -> None:
+            nonlocal count
+            count += more
+            ticked(count)
+
+        for task in tasks:
+            finished(function(task, tick))
+        return
+
+    context = multiprocessing.get_context("spawn")
+    counter, stop = context.Value("q", 0), context.Event()
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(counter, stop)
+    ) as executor:
+        try:
+            waiting, pending, more = iter(tasks), set[Future[Any]](), True
+            while more or pending:
+                while more and len(pending) < workers + 2:
+                    try:
+                        pending.add(executor.submit(_call_in_worker, function, next(waiting)))
+                    except StopIteration:
+                        more = False
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    finished(future.result())
+                ticked(counter.value)
+        except BrokenProcessPool as error:
+            raise _died() from error
+        except BaseException:
+            stop.set()
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise

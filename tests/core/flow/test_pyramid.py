@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from physformer_core.errors import ConfigError
 from physformer_core.flow.pyramid import DETAIL_SCALE, Pyramid, picture_noise, picture_seed
-import itertools
 
 
 def test_sizes_of_known_resolutions() -> None:
@@ -42,7 +41,7 @@ def test_any_size_has_levels_that_grow_into_one_another(height: int, width: int,
         assert size.padded_height % patch == size.padded_width % patch == 0
         assert 0 <= size.padded_height - size.height < patch and 0 <= size.padded_width - size.width < patch
         assert size.place == (0.0, 0.0, size.padded_height / size.height, size.padded_width / size.width)
-    for coarse, fine in itertools.pairwise(sizes):
+    for coarse, fine in pairwise(sizes):
         assert fine.height in (2 * coarse.height, 2 * coarse.height - 1)
         # The coarser level, twice as large, covers the finer one, padding included.
         assert 2 * coarse.padded_height >= fine.padded_height and 2 * coarse.padded_width >= fine.padded_width

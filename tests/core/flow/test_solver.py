@@ -13,7 +13,6 @@ from torch import Tensor
 from physformer_core.errors import ConfigError
 from physformer_core.flow.path import PATHS, FlowPath
 from physformer_core.flow.solver import MIN_STEP, SOLVERS, SolverSettings, integrate
-import itertools
 
 ORDERS = {"euler": 1, "heun": 2, "multistep": 2}
 
@@ -58,7 +57,7 @@ def test_a_straight_path_is_followed_exactly_to_the_end(name: str, steps: int) -
     end = integrate(velocity, x0, SolverSettings(name=name, steps=steps), lambda index, t, z: told.append((index, t)))
     assert torch.allclose(end, x1, atol=1e-12)
     assert [index for index, _ in told] == list(range(len(told)))
-    assert told[-1][1] == 1.0 and all(a < b for (_, a), (_, b) in itertools.pairwise(told))
+    assert told[-1][1] == 1.0 and all(a < b for (_, a), (_, b) in pairwise(told))
     assert asked[0] == 0.0 and max(asked) < 1.0  # the velocity at the data itself is not defined
     if name != "adaptive":
         assert len(told) == steps and len(asked) == (2 * steps - 1 if name == "heun" else steps)
@@ -85,7 +84,7 @@ def test_times_and_shift() -> None:
     assert SolverSettings(steps=4).times() == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     shifted = SolverSettings(steps=10, shift=3.0).times()
     assert shifted[0] == 0.0 and shifted[-1] == 1.0
-    widths = [b - a for a, b in itertools.pairwise(shifted)]
+    widths = [b - a for a, b in pairwise(shifted)]
     assert widths == sorted(widths)  # the shortest first
 
 
