@@ -1,6 +1,6 @@
 """Draws the prompts of the README at several seeds, in seed order, none picked, onto one sheet.
 
-    python examples/contact_sheet.py docs/images/contact-sheet.png --size 448x256 --seeds 3
+python examples/contact_sheet.py docs/images/contact-sheet.png --size 448x256 --seeds 3
 """
 
 import argparse

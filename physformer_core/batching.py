@@ -54,7 +54,7 @@ class PictureRequest:
         prompt: The prompt.
         seed, index: Decide its noise: `index` is which picture of its seed it is, from 0.
         width, height: Pixels.
-        steps: See `physformer_core.pipeline.steps_per_level`.
+        steps: See `physformer_core.flow.solver.steps_per_level`.
         guidance: Scale of the guidance.
         guidance_interval: Flow times within which it acts.
         solver: One of `physformer_core.flow.solver.SOLVERS`.
@@ -127,7 +127,7 @@ class Planner:
         Raises:
             ConfigError: Its steps are below 1.
         """
-        from physformer_core.pipeline import steps_per_level  # seconds, so only where it is needed
+        from physformer_core.flow.solver import steps_per_level  # imports torch, so only where it is needed
 
         sizes = self.sizes(request.width, request.height)
         guidance = request.settings()

@@ -18,12 +18,9 @@ from physformer_core.config import FlowConfig
 from physformer_core.errors import ConfigError, PromptError, SizeError
 from physformer_core.flow.guidance import Guidance
 from physformer_core.flow.pyramid import LevelSize, Pyramid, picture_noise
-from physformer_core.flow.solver import SolverSettings, integrate
+from physformer_core.flow.solver import SolverSettings, integrate, steps_per_level
 from physformer_core.model.transformer import EncodedPrompt, PhysFormerTransformer2DModel
 from physformer_core.text import TextEncoder, load_text_encoder
-
-DEFAULT_STEPS = (20, 4, 3, 2)
-"""Steps at levels 0, 1, 2 and from 3 on: the knee of quality against evaluations (docs/results.md)."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +51,6 @@ class PhysFormerPipelineOutput(BaseOutput):
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
-
-
-def steps_per_level(steps: int | Sequence[int] | None, levels: int) -> list[int]:
-    """Steps of every level from what the user gave.
-
-    Args:
-        steps: None for `DEFAULT_STEPS`; a number for level 0, finer levels in the default's proportion; or one
-            number per level, the last of which serves all levels beyond.
-        levels: Number of levels.
-
-    Raises:
-        ConfigError: If a number is below 1.
-    """
-    if steps is None:
-        given = list(DEFAULT_STEPS)
-    elif isinstance(steps, int):
-        given = [steps, *(max(1, round(steps * fine / DEFAULT_STEPS[0])) for fine in DEFAULT_STEPS[1:])]
-    else:
-        given = list(steps)
-    if not given or min(given) < 1:
-        raise ConfigError(f"steps must be at least 1, not {steps}", hint="20 is the default at level 0")
-    return [given[min(level, len(given) - 1)] for level in range(levels)]
 
 
 class PhysFormerPipeline(DiffusionPipeline):

@@ -42,9 +42,7 @@ def test_it_is_the_preset_of_its_name() -> None:
     ("prompt", "channel"),
     [("an apple on a green background", 1), ("an apple on a blue background", 2), ("a cat on a red background", 0)],
 )
-def test_backgrounds_have_the_colour_that_is_asked_for(
-    pipeline: PhysFormerPipeline, prompt: str, channel: int
-) -> None:
+def test_backgrounds_have_the_colour_that_is_asked_for(pipeline: PhysFormerPipeline, prompt: str, channel: int) -> None:
     picture = pipeline(prompt, height=64, width=64, seeds=1, output_type="np").images[0]
     border = np.concatenate([picture[:6].reshape(-1, 3), picture[:, :6].reshape(-1, 3), picture[:, -6:].reshape(-1, 3)])
     colour = np.median(border, axis=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +17,10 @@ OnStep = Callable[[int, float, Tensor], None]
 
 MIN_STEP = 1 / 200
 """Shortest step of the adaptive solver."""
+
+
+DEFAULT_STEPS = (20, 4, 3, 2)
+"""Steps at levels 0, 1, 2 and from 3 on: the knee of quality against evaluations (docs/results.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +137,25 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {
 def integrate(velocity: Velocity, z: Tensor, settings: SolverSettings, on_step: OnStep | None = None) -> Tensor:
     """Integrates from the start to the data with the solver that ``settings`` names."""
     return SOLVERS[settings.name](velocity, z, settings, on_step)
+
+
+def steps_per_level(steps: int | Sequence[int] | None, levels: int) -> list[int]:
+    """Steps of every level from what the user gave.
+
+    Args:
+        steps: None for `DEFAULT_STEPS`; a number for level 0, finer levels in the default's proportion; or one
+            number per level, the last of which serves all levels beyond.
+        levels: Number of levels.
+
+    Raises:
+        ConfigError: If a number is below 1.
+    """
+    if steps is None:
+        given = list(DEFAULT_STEPS)
+    elif isinstance(steps, int):
+        given = [steps, *(max(1, round(steps * fine / DEFAULT_STEPS[0])) for fine in DEFAULT_STEPS[1:])]
+    else:
+        given = list(steps)
+    if not given or min(given) < 1:
+        raise ConfigError(f"steps must be at least 1, not {steps}", hint="20 is the default at level 0")
+    return [given[min(level, len(given) - 1)] for level in range(levels)]

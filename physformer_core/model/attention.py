@@ -253,7 +253,8 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.rms_norm(hidden_states, (hidden_states.shape[-1],), self.weight, 1e-6)
+        weight = self.weight.to(hidden_states.dtype)  # under autocast the fused norm wants one dtype
+        return F.rms_norm(hidden_states, (hidden_states.shape[-1],), weight, 1e-6)
 
 
 class PhysFormerAttnProcessor:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from physformer_core.model.geometry import (
@@ -112,6 +112,9 @@ def window_of(position: int, block: int, radius: int, shift: int) -> range:
     height=st.integers(1, 21), width=st.integers(1, 21), block=st.sampled_from([2, 4, 8]), radius=st.integers(1, 5),
     shift=st.integers(0, 7), y=st.integers(0, 19), x=st.integers(0, 19),
 )  # fmt: skip
+@example(height=10, width=1, block=8, radius=4, shift=0, y=0, x=0)  # the first block sees all, the last does not
+@example(height=13, width=1, block=8, radius=4, shift=4, y=0, x=0)  # the last block sees all, the first does not
+@example(height=12, width=12, block=8, radius=4, shift=4, y=0, x=0)  # both do
 def test_windows_and_their_cover(height: int, width: int, block: int, radius: int, shift: int, y: int, x: int) -> None:
     grid = BlockGrid(height=height, width=width, block=block, radius=radius, shift=shift, origin=(y, x))
     rows = torch.tensor(
