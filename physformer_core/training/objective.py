@@ -52,8 +52,12 @@ class FlowObjective:
             shown = coarse + self.pyramid.coarse_noise * torch.randn(sharp.shape, generator=generator).to(device)
         start = self.pyramid.start(coarse, noise)
         z = self.path.interpolate(start, sharp, t)
+        labels = None
+        if classes := model.config.num_classes:
+            # A dropped prompt drops the class too: the null class comes after the last.
+            labels = torch.where(drop | (batch.class_label_b < 0), classes, batch.class_label_b)
         prompt = model.encode_prompt(batch.prompt_embeds_btd, batch.prompt_mask_bt, batch.pooled_bp, drop)
-        output = model(z, t, prompt, batch.level_b, shown, batch.place_b4, class_labels=None, return_dict=False)[
+        output = model(z, t, prompt, batch.level_b, shown, batch.place_b4, class_labels=labels, return_dict=False)[
             0
         ].float()
         if self.path.prediction == "sample":

@@ -155,12 +155,20 @@ class Trainer:
         if not folder.is_dir():  # else the name would be looked for on the hub
             raise CheckpointError(f"cannot start from '{init_from}': there is no such folder")
         try:
-            model = PhysFormerTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+            model, loading = PhysFormerTransformer2DModel.from_pretrained(
+                folder, torch_dtype=torch.float32, output_loading_info=True
+            )
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(
                 f"cannot start from '{init_from}': {str(error).splitlines()[0]}",
                 hint="name a checkpoint, or the transformer folder in it",
             ) from error
+        # diffusers draws missing weights at random and says so in a log line.
+        if wrong := sorted([*loading["missing_keys"], *loading["unexpected_keys"]]):
+            raise CheckpointError(
+                f"'{init_from}' holds other weights than its configuration describes: {wrong[0]}",
+                hint="copy the checkpoint again",
+            )
         for key, value in arguments.items():
             if model.config[key] != value:
                 raise ConfigError(
