@@ -8,6 +8,7 @@ from pathlib import Path
 
 from physformer_core.checkpoints import load_pipeline
 from physformer_core.data.contact_sheet import Exhibit, draw_sheet, write_sheet
+from physformer_core.flow import DEFAULT_GUIDANCE
 from physformer_core.hardware import resolve_device, resolve_dtype
 
 PROMPTS = (
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="the shipped one if not given")
     parser.add_argument("--size", default="448x256", help="WIDTHxHEIGHT")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... for each prompt")
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE)
     options = parser.parse_args()
     width, height = map(int, options.size.split("x"))
 

@@ -87,7 +87,7 @@ def generate(
         ),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="How strongly to follow the prompt: 4; 1 is off.", rich_help_panel=_HOW)
+        float | None, typer.Option(help="How strongly to follow the prompt: 3; 1 is off.", rich_help_panel=_HOW)
     ] = None,
     guidance_interval: Annotated[
         str | None,

@@ -257,7 +257,7 @@ def _requests(
     command_size = resolve_size(**asked, default=default_size)  # type: ignore[arg-type]
     steps_text = options.steps if options.steps is not None else settings.get("steps")
     steps = parse_steps(str(steps_text)) if steps_text is not None else None
-    guidance = options.guidance if options.guidance is not None else settings.get("guidance", 4.0)
+    guidance = options.guidance if options.guidance is not None else settings.get("guidance", DEFAULT_GUIDANCE)
     interval = parse_interval(options.guidance_interval) if options.guidance_interval is not None else (0.0, 1.0)
     solver = options.solver or settings.get("solver", "euler")
     negative = options.negative_prompt

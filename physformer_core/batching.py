@@ -31,9 +31,10 @@ from physformer_core.checkpoints import Checkpoint
 from physformer_core.codec import load_codec
 from physformer_core.config import FlowConfig
 from physformer_core.errors import ConfigError, DeviceError
+from physformer_core.flow import DEFAULT_GUIDANCE
 from physformer_core.flow.guidance import Guidance
 from physformer_core.flow.pyramid import LevelSize, Pyramid
-from physformer_core.flow.solver import SolverSettings
+from physformer_core.flow.solver import SolverSettings, steps_per_level
 from physformer_core.prompts import MAX_SEED, MAX_STEPS
 
 MAX_BATCH = 64
@@ -67,7 +68,7 @@ class PictureRequest:
     width: int
     height: int
     steps: int | tuple[int, ...] | None = None
-    guidance: float = 4.0
+    guidance: float = DEFAULT_GUIDANCE
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     solver: str = "euler"
     negative_prompt: str | None = None
@@ -127,8 +128,6 @@ class Planner:
         Raises:
             ConfigError: Its steps are below 1.
         """
-        from physformer_core.flow.solver import steps_per_level  # imports torch, so only where it is needed
-
         sizes = self.sizes(request.width, request.height)
         guidance = request.settings()
         result = []

@@ -16,6 +16,7 @@ from torch import Tensor
 from physformer_core.codec import Codec, load_codec
 from physformer_core.config import FlowConfig
 from physformer_core.errors import ConfigError, PromptError, SizeError
+from physformer_core.flow import DEFAULT_GUIDANCE
 from physformer_core.flow.guidance import Guidance
 from physformer_core.flow.pyramid import LevelSize, Pyramid, picture_noise
 from physformer_core.flow.solver import SolverSettings, integrate, steps_per_level
@@ -180,7 +181,7 @@ class PhysFormerPipeline(DiffusionPipeline):
         indices: Sequence[int] | None = None,
         negative_prompt: str | None = None,
         num_inference_steps: int | Sequence[int] | None = None,
-        guidance: Guidance | float = 4.0,
+        guidance: Guidance | float = DEFAULT_GUIDANCE,
         solver: str = "euler",
         output_type: str = "pil",
         callback_on_step_end: Callable[[StepEvent], None] | None = None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from physformer_core.errors import ConfigError
+from physformer_core.flow import DEFAULT_GUIDANCE
 
 Shape = Literal["constant", "linear", "cosine"]
 
@@ -28,7 +29,7 @@ class Guidance:
         fine_levels: Whether finer levels are guided too, at twice their cost.
     """
 
-    scale: float = 4.0
+    scale: float = DEFAULT_GUIDANCE
     shape: Shape = "constant"
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0

@@ -22,6 +22,7 @@ from physformer_core.batching import PictureRequest, Planner, parse_interval, pa
 from physformer_core.checkpoints import find_checkpoint, load_pipeline
 from physformer_core.drawing import draw_batch
 from physformer_core.errors import ConfigError, DeviceError, OutputError
+from physformer_core.flow import DEFAULT_GUIDANCE
 from physformer_core.metadata import read_metadata
 from physformer_core.output_names import OutputNames, slug
 from physformer_core.project import Project
@@ -87,7 +88,7 @@ def test_a_picture_and_what_it_tells(generate, tiny_checkpoint):
     assert pixels(file).std() > 10  # the fixture does draw something
     told = read_metadata(file)
     assert (told.prompt, told.seed, told.image_index, told.width, told.height) == ("a bird in a cage", 7, 0, 96, 64)
-    assert (told.steps, told.guidance, told.solver, told.run) == (2, 4.0, "euler", None)
+    assert (told.steps, told.guidance, told.solver, told.run) == (2, DEFAULT_GUIDANCE, "euler", None)
     assert told.checkpoint == "tiny" and told.checkpoint_sha256 == find_checkpoint(tiny_checkpoint).sha256
     assert told.extra["dtype"] in ("fp32", "bf16") and told.extra["steps_per_level"] == [2]
     assert Image.open(file).text["parameters"].startswith("a bird in a cage\nSteps: 2, Sampler: euler, CFG scale: 4")

@@ -266,7 +266,7 @@ def test_golden_values(pipeline: PhysFormerPipeline) -> None:
             parameter.copy_(((index * 1.7 + number).sin() * 0.4 * fan**-0.5).float().reshape(parameter.shape))
     golden = PhysFormerPipeline(model.eval(), text_encoder_name="words")
     golden._text_encoder = WordEncoder()
-    picture = draw(golden, "a bird in a cage", output_type="pt", seeds=[7])[0]
+    picture = draw(golden, "a bird in a cage", output_type="pt", seeds=[7], guidance=4.0)[0]
     assert torch.allclose(picture[:, 40, 60:64].flatten(), torch.tensor(GOLDEN), atol=1e-4), picture[:, 40, 60:64]
     assert picture.square().mean().sqrt().item() == pytest.approx(GOLDEN_RMS, abs=1e-4)
 
