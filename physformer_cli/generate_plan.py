@@ -247,6 +247,7 @@ def _requests(
         parse_steps,
     )
     from physformer_core.errors import ConfigError, PhysFormerError
+    from physformer_core.flow import DEFAULT_GUIDANCE
     from physformer_core.prompts import BadLine, PromptRequest
     from physformer_core.resolution import DEFAULT_SIZE, resolve_size
 
