@@ -64,6 +64,7 @@ def export_checkpoint(
             index.pop("_name_or_path", None)
             index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             for path in [p for p in temporary.rglob("*") if p.is_file()]:
+                path.chmod(0o644)  # safetensors writes for the owner alone, and this is to be shared
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             temporary.rename(output_dir)
