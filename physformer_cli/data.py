@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -13,7 +13,6 @@ from physformer_cli import console
 
 if TYPE_CHECKING:
     from physformer_core.data.preprocess import PreprocessConfig
-    from physformer_core.data.workers import Progress
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
@@ -36,62 +35,131 @@ def register(app: typer.Typer) -> None:
 
 @data_app.command("fetch")
 def fetch(
-    source: Annotated[str, typer.Argument(help='Where from: "scenes", composed of Twemoji\'s vector art.')],
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many examples.")] = 36_000,
-    seed: Annotated[
-        int | None, typer.Option("--seed", "-s", min=0, help="The same seed gives the same set.", show_default="0")
+    source: Annotated[
+        str, typer.Argument(help="Where from: scenes, folder, huggingface, webdataset or parquet.", show_default=False)
+    ],
+    location: Annotated[
+        str | None,
+        typer.Argument(help="A folder; a data set's name; tars or tables, also as a pattern.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the set.", show_default="data/SOURCE")
     ] = None,
     workers: WorkersOption = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Look at so many examples at most.", show_default="all")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the pictures, for the manifest.", show_default="of the card")
+    ] = None,
+    captions: Annotated[
+        str | None,
+        typer.Option(help="Of a folder: text (files), metadata (file) or classes.", show_default="what there is"),
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column, or ending in a tar, of the picture.", show_default="image, jpg, ...")
+    ] = None,
+    caption_column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column or ending of captions; json.prompt goes inside.", show_default="caption, text, ..."),
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column or ending of the class's number.", show_default="label, cls")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a Hub data set.", show_default="train")] = None,
+    config_name: Annotated[str | None, typer.Option(help="Configuration of a Hub data set.")] = None,
+    data_files: Annotated[str | None, typer.Option(help="Pattern of files of a Hub data set.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of a Hub data set.")] = None,
+    streaming: Annotated[
+        bool | None,
+        typer.Option("--streaming/--no-streaming", help="Read as it arrives, or download first.", show_default="yes"),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", min=1, help="How many scenes to compose.", show_default="36000")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", "-s", min=0, help="Of scenes: the same seed, the same set.", show_default="0"),
+    ] = None,
     aspect: Annotated[
         str | None, typer.Option(help="Width:height of every scene, for example 16:9; from 9:21 to 21:9 if not given.")
     ] = None,
     as_json: console.JsonOption = False,
     no_record: console.NoRecordOption = False,
 ) -> None:
-    """Fetch or compose a raw set of captioned pictures.
+    """Fetch or compose a raw set of captioned pictures, and verify every one.
 
-    An interrupted command goes on where it stopped when it is given again.
+    An interrupted command goes on where it stopped when it is given again. Pictures that are refused are listed, with
+    the reason, in quarantine.jsonl.
 
     [bold]Examples[/bold]
 
       physformer data fetch scenes --count 36000 --output data/scenes
 
-      physformer data fetch scenes -n 500 --seed 3 --aspect 16:9 -o data/wide --workers 4
+      physformer data fetch folder photos/ --output data/photos
+
+      physformer data fetch huggingface jackyhate/text-to-image-2M --data-files "data_512_2M/*.tar" --limit 10000
+
+      physformer data fetch webdataset "shards/{000..045}.tar" --caption-column json.prompt -o data/shards
+
+      physformer data fetch parquet "tables/*.parquet" --image-column img --workers 8 -o data/tables
     """
     from physformer_core.data import sources
     from physformer_core.project import recorded_run
     from physformer_core.resolution import parse_aspect
 
-    unit = sources.find_source(source).unit
+    found = sources.find_source(source)
     with recorded_run("data fetch", record=not no_record, notify=console.say) as run:
-        seed = seed if seed is not None else int(run.settings.get("seed", 0))
+        if seed is None and "seed" in found.options:
+            seed = int(run.settings.get("seed", 0))
         workers = _workers(workers, run.settings)
         folder = output if output is not None else Path("data") / source
-        options = {"aspect": parse_aspect(aspect) if aspect is not None else None}
-        run.seeds = [seed]
-        run.config = {"source": source, "count": count, "seed": seed, "output": folder, "workers": workers, **options}
+        options = {
+            "limit": limit,
+            "license": license,
+            "captions": captions,
+            "image_column": image_column,
+            "caption_column": caption_column,
+            "label_column": label_column,
+            "split": split,
+            "config_name": config_name,
+            "data_files": data_files,
+            "revision": revision,
+            "streaming": streaming,
+            "count": count,
+            "seed": seed,
+            "aspect": parse_aspect(aspect) if aspect is not None else None,
+        }
+        run.seeds = [seed] if seed is not None else []
+        given = {**found.defaults, **{key: value for key, value in options.items() if value is not None}}
+        run.config = {"source": source, "location": location, "output": folder, "workers": workers, **given}
         run.replay_with("--output", "-o", output=folder, folder=True)
 
         with console.progress() as add:
-            show = _progress_of(add, {"": (f"fetching {source}", unit)})
+            show = _progress_of(add, {"": (f"fetching {source}", found.unit)})
             fetched = sources.fetch(
                 source,
                 folder,
-                count=count,
-                seed=seed,
+                location=location,
                 workers=workers,
                 options=options,
                 progress=lambda done, total: show("", done, total),
             )
-        manifest_sha256 = _add_set(run, folder, [entry["name"] for entry in fetched.manifest["files"]])
+        manifest = fetched.manifest
+        names = [entry["name"] for entry in manifest["files"]]
+        if manifest.get("quarantine"):
+            names.append(manifest["quarantine"]["name"])
+        manifest_sha256 = _add_set(run, folder, names)
+    refused = manifest.get("refused", {})
+    for reason, number in refused.items():
+        console.warn(f"{number} {found.unit} refused: {reason}")
+    if refused:
+        console.say(f"the refused ones are listed in {folder / manifest['quarantine']['name']}")
     _report_set(
         folder,
         fresh=fetched.fresh,
-        said=f"{fetched.manifest['count']} {unit}",
-        result={"count": fetched.manifest["count"], "sha256": fetched.manifest["sha256"]},
+        said=f"{manifest['count']} {found.unit}",
+        result={"count": manifest["count"], "refused": refused, "sha256": manifest["sha256"]},
         manifest_sha256=manifest_sha256,
         as_json=as_json,
     )
@@ -237,6 +305,69 @@ def show(
         console.say(f"wrote {name}: {len(shown)} pictures")
 
 
+@data_app.command("inspect")
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="RAW", help="Folder of a raw set, made by data fetch.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the page and the contact sheet.", show_default="RAW-inspection"),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures on the contact sheet.")] = 64,
+    workers: WorkersOption = None,
+    as_json: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """Say what is in a raw set: sizes, buckets, captions, and pictures that look the same.
+
+    Writes an HTML page with a contact sheet beside it. Pictures that look the same have perceptual hashes that differ
+    in at most 3 of 64 bits.
+
+    [bold]Examples[/bold]
+
+      physformer data inspect data/photos
+
+      physformer data inspect data/photos --output report --count 120 --json
+    """
+    from physformer_core.data import contact_sheet, inspection
+    from physformer_core.project import recorded_run
+
+    with recorded_run("data inspect", record=not no_record, notify=console.say) as run:
+        workers = _workers(workers, run.settings)
+        target = output if output is not None else folder.with_name(f"{folder.absolute().name}-inspection")
+        run.config = {"set": folder, "output": target, "count": count, "workers": workers}
+        run.data_sha256 = _manifest_sha256(folder)
+        run.replay_with("--output", "-o", output=target, folder=True)
+        with console.progress() as add:
+            show = _progress_of(add, {"": ("inspecting", "pictures")})
+            found = inspection.inspect_raw_set(
+                folder, workers=workers, progress=lambda done, total: show("", done, total)
+            )
+        sheet = contact_sheet.draw_sheet(contact_sheet.exhibits(folder, count), columns=8)
+        contact_sheet.write_sheet(sheet, target / "sheet.png")
+        inspection.write_page(found, target / "index.html", sheet="sheet.png")
+        run.add_output(target / "sheet.png")
+        run.add_output(target / "index.html")
+    if as_json:
+        console.print_json({"output": str(target), **found.as_dict()})
+        return
+    few, median, high, most = found.words
+    lines = [
+        ("examples", f"{found.count}"),
+        ("captions", f"{found.captions}, of {few} to {most} words (median {median}, 95 % up to {high})"),
+        ("without caption", f"{found.without_caption}"),
+        ("repeated captions", f"{found.repeated_captions_count}"),
+        ("look the same", f"{found.near_duplicates_count}"),
+        ("undecodable", f"{found.undecodable}"),
+        ("shorter side", f"{found.sides[0]} to {found.sides[2]} pixels (median {found.sides[1]})"),
+        *((f"bucket {name}", f"{many}, {cut:.1%} of the area cut off") for name, many, cut in found.buckets),
+        ("all buckets", f"{found.cut_area:.1%} of the area cut off"),
+        *((f"refused: {reason}", str(many)) for reason, many in found.refused.items()),
+        *((f"noted: {note}", str(many)) for note, many in found.notes.items()),
+    ]
+    console.print_table(("what", "how many"), lines)
+    console.say(f"wrote {target / 'index.html'}")
+
+
 def _workers(given: int | None, settings: dict[str, Any]) -> int:
     if given is None:
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -261,14 +392,18 @@ def _level_weights(config: type[PreprocessConfig], levels: tuple[int, ...], text
     return tuple(usual.get(level, min(usual.values())) for level in levels)
 
 
-def _progress_of(add: Callable[..., console.ProgressTask], stages: dict[str, tuple[str, str]]) -> Progress:
+class _Show(Protocol):
+    def __call__(self, stage: str, done: int, total: int | None) -> None: ...
+
+
+def _progress_of(add: Callable[..., console.ProgressTask], stages: dict[str, tuple[str, str]]) -> _Show:
     """Progress by stage: a bar appears when its stage begins, and does not count what an earlier run did as speed."""
     tasks: dict[str, console.ProgressTask] = {}
 
-    def show(stage: str, done: int, total: int) -> None:
+    def show(stage: str, done: int, total: int | None) -> None:
         if stage not in tasks:
             description, unit = stages[stage]
-            tasks[stage] = add(description, total, unit=unit, done=done if done < total else 0)
+            tasks[stage] = add(description, total, unit=unit, done=done if total is None or done < total else 0)
         tasks[stage].update(done, total)
 
     return show

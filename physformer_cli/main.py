@@ -28,6 +28,7 @@ COMMAND_MODULES = (
     "physformer_cli.generate",
     "physformer_cli.data",
     "physformer_cli.train",
+    "physformer_cli.evaluate",
     "physformer_cli.bench",
     "physformer_cli.export",
     "physformer_cli.info",

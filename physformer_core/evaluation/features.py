@@ -123,7 +123,9 @@ def resize_square(picture: np.ndarray, side: int) -> np.ndarray:
     if picture.shape[:2] == (side, side):
         return picture.astype(np.float32)
     channels = [
-        np.asarray(Image.fromarray(picture[..., channel].astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC))
+        np.asarray(
+            Image.fromarray(picture[..., channel].astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
+        )
         for channel in range(3)
     ]
     return np.stack(channels, axis=-1).clip(0, 255)
@@ -142,7 +144,11 @@ class EfficientNetExtractor(FeatureExtractor):
     def __init__(self, device: str | torch.device = "cpu") -> None:
         package, file = _EFFICIENTNET_WEIGHTS
         found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations or importlib.util.find_spec(_EFFICIENTNET_CODE) is None:
+        if (
+            found is None
+            or not found.submodule_search_locations
+            or importlib.util.find_spec(_EFFICIENTNET_CODE) is None
+        ):
             raise CheckpointError(
                 "the EfficientNet features need two packages that are not installed",
                 hint='pip install "physformer[eval]"',
@@ -242,7 +248,9 @@ class TransformersExtractor(FeatureExtractor):
                 hint="check that its files are whole",
             ) from error
         if loading["missing_keys"]:
-            raise CheckpointError(f"{model} lacks {min(loading['missing_keys'])}", hint="check that its files are whole")
+            raise CheckpointError(
+                f"{model} lacks {min(loading['missing_keys'])}", hint="check that its files are whole"
+            )
         vision = network.config
         self._network = network.eval().requires_grad_(False).to(self.device)
         self.width = int(vision.hidden_size if name == "dinov2" else vision.projection_dim)

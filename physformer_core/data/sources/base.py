@@ -18,7 +18,27 @@ PART_EXAMPLES = 1000
 PART_BYTES = 64 << 20
 
 PICTURE_SUFFIXES = frozenset(
-    "jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif avifs jp2 ppm pgm pnm mpo".split()
+    [
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "apng",
+        "webp",
+        "gif",
+        "bmp",
+        "dib",
+        "tif",
+        "tiff",
+        "avif",
+        "avifs",
+        "jp2",
+        "ppm",
+        "pgm",
+        "pnm",
+        "mpo",
+    ]
 )
 
 Item = TypeVar("Item")

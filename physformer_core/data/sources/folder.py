@@ -129,7 +129,7 @@ def _survey(root: Path) -> _Survey:
     classes: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
     for inside, entries in _walk(root):
-        texts = {_stem(entry.name) for entry in entries if _suffix(entry.name) == "txt"}
+        texts = {_stem(entry.name) for entry in entries if entry.name.endswith(".txt")}
         for entry in entries:
             digest.update(os.fsencode(f"{inside}{entry.name}\0{entry.stat().st_size}\0"))
             suffix = _suffix(entry.name)
@@ -150,9 +150,7 @@ def _survey(root: Path) -> _Survey:
 
 def _style(root: Path, survey: _Survey, wanted: str) -> str:
     if not survey.pictures:
-        raise DataError(
-            f"{root} has no pictures", hint="pictures end in one of " + ", ".join(sorted(PICTURE_SUFFIXES))
-        )
+        raise DataError(f"{root} has no pictures", hint="pictures end in one of " + ", ".join(sorted(PICTURE_SUFFIXES)))
     has_metadata = any((root / name).is_file() for name in METADATA_FILES)
     possible = {
         "metadata": has_metadata,
@@ -200,7 +198,7 @@ class _FolderPart(Part):
             path = self.root / file
             try:
                 image = path.read_bytes()
-                captions = self._captions(path)
+                captions: tuple[str | bytes, ...] = self._captions(path)
             except OSError as error:
                 yield Candidate(key, key, None, problem="cannot be read", detail=error.strerror or str(error))
                 continue
@@ -214,7 +212,7 @@ class _FolderPart(Part):
                 captions = (" ".join(name.replace("_", " ").replace("-", " ").split()),)
             yield Candidate(key, key, image, captions, label, _suffix(file))
 
-    def _captions(self, picture: Path) -> tuple[bytes, ...]:
+    def _captions(self, picture: Path) -> tuple[str | bytes, ...]:
         if self.style != "text":
             return ()
         try:
@@ -355,7 +353,7 @@ class MetadataReader(FolderReader):
         file = next((table[name] for name in _FILE_COLUMNS if table.get(name)), None)
         if not isinstance(file, str):
             return _Row(line, None, problem="metadata row names no file")
-        if os.path.isabs(file) or ".." in Path(file).parts:
+        if os.path.isabs(file) or ".." in Path(file).parts or "\0" in file:
             return _Row(line, None, problem="file outside of the folder", detail=file)
         columns = self._caption_columns or next(((name,) for name in _CAPTION_COLUMNS if name in table), ())
         captions: list[str | bytes] = []

@@ -7,6 +7,7 @@ stored as an RGB PNG instead. Everything that was not plain is counted.
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import warnings
@@ -20,7 +21,7 @@ MAX_PIXELS = 89_478_485
 """Pillow's own limit, a quarter of a gigabyte of RGB: above it a picture counts as a decompression bomb."""
 
 # Only what people store pictures in: Pillow also opens documents (EPS through Ghostscript), fonts and scientific data.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
 _SUFFIXES = {
     "JPEG": "jpg jpeg jpe jfif",
     "MPO": "jpg jpeg jpe jfif mpo",
@@ -136,7 +137,7 @@ def verify_captions(captions: Sequence[str | bytes], *, alone: bool) -> tuple[li
 
 def _verify(encoded: bytes, suffix: str) -> VerifiedPicture:
     try:
-        image: Image.Image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=_formats())
     except UnidentifiedImageError as error:
         if encoded.startswith(_SIGNATURES):
             raise Refused("damaged or cut short", "its header cannot be read") from error
@@ -172,6 +173,13 @@ def _verify(encoded: bytes, suffix: str) -> VerifiedPicture:
         notes.append("stored as RGB PNG")
         encoded = _upright_png(replaced, image)
     return VerifiedPicture(encoded, width, height, tuple(notes))
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `_FORMATS` that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _said(error: BaseException) -> str:

@@ -1,0 +1,534 @@
+"""`physformer eval`: what a model is worth, in figures that say how they came about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from physformer_cli import console
+from physformer_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from physformer_core.batching import PictureRequest
+    from physformer_core.checkpoints import Checkpoint
+    from physformer_core.evaluation.pictures import DrawnPictures, PictureSource
+    from physformer_core.evaluation.scores import DistanceScore
+    from physformer_core.pipeline import PhysFormerPipeline
+    from physformer_core.project import RunRecorder
+
+app = typer.Typer(no_args_is_help=True, help="Measure what a model draws: prompt accuracy, FID, what a codec loses.")
+
+MISSED = 3
+"""Exit code where a threshold was missed."""
+
+FID_EPILOG = """Examples:
+
+    physformer eval fid data/scenes --checkpoint runs/nano --num 10000
+
+    physformer eval fid photos/ --generated outputs/ --features inception --feature-model inception-2015-12-05.pt
+
+    physformer eval fid data/scenes --features efficientnet --save-statistics scenes.npz
+"""
+PROMPTS_EPILOG = """Examples:
+
+    physformer eval prompts
+
+    physformer eval prompts --checkpoint runs/nano --num 64 --relations 0 --contact-sheet sheet.png
+
+    physformer eval prompts --size 1280x720 --json --min-top1 0.8
+"""
+RECONSTRUCT_EPILOG = """Examples:
+
+    physformer eval reconstruct madebyollin/taesd photos/ --num 100
+
+    physformer eval reconstruct stabilityai/sd-vae-ft-mse data/raw --size 512 --min-psnr 25
+"""
+
+CheckpointOption = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="What draws the pictures; the shipped checkpoint if not given.")
+]
+FeaturesOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Network that looks at them: efficientnet, inception, dinov2 or clip.")
+]
+FeatureModelOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|NAME", help="Inception's TorchScript file, or a DINOv2 or CLIP by folder or hub name."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", "-s", min=0, help="Seed of the noise.")]
+StepsOption = Annotated[
+    str | None, typer.Option(metavar="N[,N...]", help="Steps of the coarsest level, or one number per level.")
+]
+GuidanceOption = Annotated[float, typer.Option(help="How strongly to follow the prompt.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+DtypeOption = Annotated[str, typer.Option(help="What the network computes in: auto, fp32, bf16 or fp16.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Also write scores and recipe to a file.")
+]
+
+
+def register(parent: typer.Typer) -> None:
+    """Adds the commands to the app."""
+    parent.add_typer(app, name="eval")
+
+
+@app.command("fid", epilog=FID_EPILOG, no_args_is_help=True)
+def fid(
+    reference: Annotated[
+        Path,
+        typer.Argument(help="Real pictures: a folder, a raw or preprocessed set, or a statistics file (.npz)."),
+    ],
+    generated: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Pictures that are there already, instead of drawing some.")
+    ] = None,
+    checkpoint: CheckpointOption = None,
+    num: Annotated[int | None, typer.Option(min=2, help="Pictures to draw; 10000 if not given.")] = None,
+    features: FeaturesOption = "efficientnet",
+    feature_model: FeatureModelOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts to draw, a line each; the reference's captions if not given."),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=16, help="Side of pictures drawn from prompts or raw sets' drawings; 256 if not given."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Part of a preprocessed set, train or validation; both if not given.")
+    ] = None,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompts; 4 if not given.")] = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="What the drawing network computes in: auto (if not given), fp32, bf16 or fp16."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the feature network sees at once.")] = 32,
+    save_statistics: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Keep the reference's statistics. Alone, nothing else is done."),
+    ] = None,
+    max_distance: Annotated[
+        float | None, typer.Option(min=0, help="Exit with code 3 if the Fréchet distance is larger.")
+    ] = None,
+    output: OutputOption = None,
+    json_output: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """Fréchet distance, KID, precision and recall between real and generated pictures.
+
+    Only with --features inception is it the FID of papers. Every score comes with its recipe.
+    """
+    is_file = reference.suffix == ".npz"
+    only_save = save_statistics is not None and generated is None and checkpoint is None and num is None
+    _refuse_without_effect(
+        [
+            ("--checkpoint", checkpoint is not None and generated is not None, "--generated"),
+            ("--num", num is not None and generated is not None, "--generated"),
+            ("--prompts", prompts is not None and (generated is not None or only_save), "no drawing"),
+            ("--steps", steps is not None and (generated is not None or only_save), "no drawing"),
+            ("--guidance", guidance is not None and (generated is not None or only_save), "no drawing"),
+            ("--dtype", dtype is not None and (generated is not None or only_save), "no drawing"),
+            ("--split", split is not None and is_file, "a statistics file"),
+            ("--save-statistics", save_statistics is not None and is_file, "a statistics file"),
+            ("--max-distance", max_distance is not None and only_save, "no generated pictures"),
+            ("--output", output is not None and only_save, "no generated pictures"),
+        ]
+    )
+    if split not in (None, "train", "validation"):
+        raise ConfigError(f"unknown split '{split}'", hint="train or validation")
+    from physformer_core.checkpoints import find_checkpoint
+    from physformer_core.project import recorded_run
+
+    with recorded_run("eval fid", record=not no_record, notify=console.say) as run:
+        found = find_checkpoint(checkpoint) if generated is None and not only_save else None
+        from physformer_core.evaluation.features import load_extractor
+        from physformer_core.evaluation.frechet import save_statistics as write_statistics
+        from physformer_core.evaluation.pictures import open_source
+        from physformer_core.evaluation.scores import compare, gather, read_reference
+        from physformer_core.files import next_free_name
+        from physformer_core.hardware import resolve_device
+
+        where = resolve_device(device)
+        extractor = load_extractor(features, feature_model, where)
+        source = None if is_file else open_source(reference, size=size or 256, split=split)
+        _check_set_options(source, size, split, drawn_by_size=prompts is not None and not only_save)
+        statistics = read_reference(reference, extractor) if source is None else None
+        drawn: PictureSource | None = None
+        with console.progress() as add:
+            if found is not None:
+                requests = _fid_requests(
+                    source, prompts, num or 10_000, size or 256, seed, steps, 4.0 if guidance is None else guidance
+                )
+                drawn = _drawn(found, requests, str(where), dtype or "auto", run)
+            elif generated is not None:
+                drawn = open_source(generated, size=size or 256)
+            if statistics is None:
+                assert source is not None
+                statistics = gather(
+                    _shown(source, add("reference", source.count, unit="pictures")),
+                    extractor, source.recipe, batch_size=batch_size, seed=seed,
+                )  # fmt: skip
+            if save_statistics is not None:
+                save_statistics = next_free_name(save_statistics)
+                write_statistics(save_statistics, statistics)
+                run.add_output(save_statistics)
+            if drawn is not None:
+                other = gather(
+                    _shown(drawn, add("generated", drawn.count, unit="pictures")),
+                    extractor, drawn.recipe, batch_size=batch_size, seed=seed,
+                )  # fmt: skip
+        run.device, run.seeds = str(where), [seed]
+        run.config = {"extractor": extractor.recipe()}
+        if drawn is None:
+            assert save_statistics is not None
+            run.replay_with("--save-statistics", output=save_statistics, folder=False)
+            console.say(f"wrote {save_statistics}: statistics of {statistics.count} pictures")
+            return
+        score = compare(statistics, other, extractor, seed=seed)
+        run.config = score.as_dict()
+        _write_result(output, score.as_dict(), run)
+        if output is not None and save_statistics is None:  # a replay can send only one file elsewhere
+            run.replay_with("--output", "-o", output=output, folder=False)
+        _print_distances(score, json_output)
+        if max_distance is not None and score.frechet > max_distance:
+            _miss(run, [f"{score.name} {score.frechet:.4g} is more than {max_distance:g}"])
+
+
+@app.command("prompts", epilog=PROMPTS_EPILOG)
+def prompts(
+    checkpoint: CheckpointOption = None,
+    num: Annotated[int, typer.Option(min=0, help="Prompts of single subjects, half of them in a place.")] = 200,
+    relations: Annotated[int, typer.Option(min=0, help="Prompts of two things in a relation.")] = 100,
+    size: Annotated[str, typer.Option(metavar="SIDE|RES|WxH", help="256 (square), 720p or 1280x720.")] = "256",
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = 4.0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    features: FeaturesOption = "efficientnet",
+    feature_model: FeatureModelOption = None,
+    contact_sheet: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="All pictures with prompt and verdict, none picked or left out."),
+    ] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit with code 3 if single subjects' top-1 is below.")
+    ] = None,
+    min_top5: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit with code 3 if single subjects' top-5 is below.")
+    ] = None,
+    min_relations: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit with code 3 if fewer relations are right (top-5).")
+    ] = None,
+    output: OutputOption = None,
+    json_output: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """Prompt accuracy: how often the picture shows what its prompt says.
+
+    Each picture is compared with clean renders of every scene concept; right means that its own concept is the nearest.
+    The ceiling is the score of real scenes, the floor that of other pictures' prompts. Needs no network.
+    """
+    if num + relations == 0:
+        raise ConfigError("--num 0 and --relations 0 leave nothing to measure")
+    _refuse_without_effect(
+        [
+            ("--min-top1", min_top1 is not None and not num, "--num 0"),
+            ("--min-top5", min_top5 is not None and not num, "--num 0"),
+            ("--min-relations", min_relations is not None and not relations, "--relations 0"),
+        ]
+    )
+    from physformer_core.checkpoints import find_checkpoint
+    from physformer_core.project import recorded_run
+    from physformer_core.resolution import resolve_size
+
+    width, height = resolve_size(res=f"{size}x{size}" if size.isascii() and size.isdigit() else size)
+    with recorded_run("eval prompts", record=not no_record, notify=console.say) as run:
+        found = find_checkpoint(checkpoint)
+        from physformer_core.data.contact_sheet import sheet_size, write_sheet
+        from physformer_core.evaluation.features import load_extractor
+        from physformer_core.evaluation.gallery import load_gallery
+        from physformer_core.evaluation.pictures import draw_requests
+        from physformer_core.evaluation.prompt_accuracy import (
+            Judge,
+            judge_all,
+            judged_table,
+            relation_cases,
+            relation_report,
+            single_cases,
+            single_report,
+        )
+        from physformer_core.evaluation.prompt_sheet import prompt_sheet
+        from physformer_core.files import next_free_name
+        from physformer_core.hardware import resolve_device
+
+        where = resolve_device(device)
+        if contact_sheet is not None:  # told before an hour of drawing
+            sheet_size(num + relations, columns=8)
+        aspect = width / height
+        singles, pairs = single_cases(num, seed, aspect=aspect), relation_cases(relations, seed, aspect=aspect)
+        cases = [*singles, *pairs]
+        extractor = load_extractor(features, feature_model, where)
+        requests = _requests([(case.prompt, width, height) for case in cases], seed, steps, guidance)
+        drawn = _drawn(found, requests, str(where), dtype, run)
+        with console.progress() as add:
+            task = add("clean renders", None, unit="renders")
+            gallery = load_gallery(extractor, progress=task.update, notify=console.warn)
+            caged = None
+            if pairs:
+                task = add("renders in cages", None, unit="renders")
+                caged = load_gallery(extractor, caged=True, progress=task.update, notify=console.warn)
+            task = add("prompts", len(cases), unit="prompts")
+            pictures = draw_requests(found, drawn.pipeline, requests)
+            judged = judge_all(cases, pictures, Judge(extractor, gallery, caged), task.update)
+        result: dict[str, Any] = {"format": "physformer-prompts/1"}
+        if singles:
+            result["single"] = single_report(judged[:num], gallery.concepts)
+        if pairs:
+            result["relations"] = relation_report(judged[num:])
+        result["recipe"] = {
+            "extractor": extractor.recipe(),
+            "gallery": gallery.key,
+            "caged_gallery": caged.key if caged is not None else None,
+            "generated": drawn.recipe(),
+        }
+        result["pictures"] = judged_table(judged, gallery.concepts)
+        run.device, run.seeds = str(where), [seed]
+        run.config = {key: value for key, value in result.items() if key != "pictures"}
+        _write_result(output, result, run)
+        if contact_sheet is not None:
+            name = next_free_name(contact_sheet)
+            write_sheet(prompt_sheet(judged, gallery.concepts), name)
+            run.add_output(name)
+        if (output is None) != (contact_sheet is None):  # a replay can send only one file elsewhere
+            spelling = ("--output", "-o") if contact_sheet is None else ("--contact-sheet",)
+            run.replay_with(*spelling, output=output or contact_sheet or "", folder=False)
+        if json_output:
+            console.print_json(result)
+        else:
+            _print_prompts(result)
+        _check_least(result, {"top1": min_top1, "top5": min_top5}, min_relations, run)
+
+
+@app.command("reconstruct", epilog=RECONSTRUCT_EPILOG, no_args_is_help=True)
+def reconstruct(
+    codec: Annotated[str, typer.Argument(help="Folder or hub name of an autoencoder, or pixels.")],
+    pictures: Annotated[Path, typer.Argument(help="A folder of pictures, a raw or a preprocessed set.")],
+    num: Annotated[int | None, typer.Option(min=1, help="Use the first so many pictures; all if not given.")] = None,
+    size: Annotated[int, typer.Option(min=16, help="Side that a raw set's drawings are rendered at.")] = 256,
+    min_psnr: Annotated[float | None, typer.Option(help="Exit with code 3 if the PSNR is below, in dB.")] = None,
+    output: OutputOption = None,
+    json_output: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """What a codec loses: PSNR and SSIM of pictures that it encoded and decoded."""
+    import itertools
+
+    from physformer_core.project import recorded_run
+
+    with recorded_run("eval reconstruct", record=not no_record, notify=console.say) as run:
+        from physformer_core.codec import load_codec
+        from physformer_core.evaluation.pictures import open_source
+        from physformer_core.evaluation.reconstruction import reconstruct as measure
+
+        source = open_source(pictures, size=size)
+        loaded = load_codec(codec)
+        total = min(num or source.count, source.count)
+        with console.progress() as add:
+            task = add("reconstructing", total, unit="pictures")
+            found = measure(itertools.islice(source, total), loaded, on_picture=task.update)
+        recipe = {"codec": codec, "pictures": source.recipe()}
+        result = {"format": "physformer-reconstruction/1", **found.as_dict(), "recipe": recipe}
+        run.config = result
+        _write_result(output, result, run)
+        if output is not None:
+            run.replay_with("--output", "-o", output=output, folder=False)
+        if json_output:
+            console.print_json(result)
+        else:
+            decibels = "every one exact" if found.psnr is None else f"{found.psnr:.2f} dB"
+            rows = [("PSNR", decibels), ("SSIM", f"{found.ssim:.4f}"), ("pictures", str(found.count))]
+            console.print_table(("MEASURE", "VALUE"), rows)
+        if min_psnr is not None and found.psnr is not None and found.psnr < min_psnr:
+            _miss(run, [f"PSNR {found.psnr:.2f} dB is below {min_psnr:g}"])
+
+
+def _requests(
+    pictures: Sequence[tuple[str, int, int]], seed: int, steps: str | None, guidance: float
+) -> list[PictureRequest]:
+    """One request per (prompt, width, height): all of one seed, each a picture of its own."""
+    from physformer_core.batching import PictureRequest, parse_steps
+
+    parsed = parse_steps(steps) if steps is not None else None
+    return [
+        PictureRequest(
+            prompt=prompt, seed=seed, index=index, width=width, height=height, steps=parsed, guidance=guidance
+        )
+        for index, (prompt, width, height) in enumerate(pictures)
+    ]
+
+
+def _fid_requests(
+    source: PictureSource | None,
+    prompts: Path | None,
+    num: int,
+    size: int,
+    seed: int,
+    steps: str | None,
+    guidance: float,
+) -> list[PictureRequest]:
+    """Pictures to draw: from the reference's captions at their sizes, or from a prompt file."""
+    if prompts is not None:
+        from physformer_core.prompts import read_prompt_file
+
+        file = read_prompt_file(prompts)
+        if file.errors:
+            raise ConfigError(f"{prompts}, {file.errors[0]}", hint="mend or remove the line")
+        texts = [request.prompt for request in file.requests]
+        return _requests([(texts[number % len(texts)], size, size) for number in range(num)], seed, steps, guidance)
+    if source is None:
+        raise ConfigError("a statistics file has no captions to draw from", hint="name a prompt file: --prompts FILE")
+    captions = source.captions(num)
+    return _requests([(one.caption, one.width, one.height) for one in captions], seed, steps, guidance)
+
+
+def _drawn(
+    found: Checkpoint, requests: list[PictureRequest], device: str, dtype: str, run: RunRecorder
+) -> DrawnPictures:
+    """Loads the network; the pictures are drawn when they are asked for."""
+    import torch
+
+    from physformer_core.checkpoints import load_pipeline
+    from physformer_core.evaluation.pictures import DrawnPictures
+    from physformer_core.hardware import DTYPES, resolve_dtype
+
+    requests[0].settings()
+    kind = resolve_dtype(dtype, torch.device(device))
+    run.checkpoint_sha256 = found.sha256
+    pipeline: PhysFormerPipeline = load_pipeline(found, device=device, dtype=kind)
+    name = next(name for name, value in DTYPES.items() if value == kind)
+    return DrawnPictures(found, pipeline, requests, name)
+
+
+def _shown(source: PictureSource, task: console.ProgressTask) -> Any:
+    from physformer_core.evaluation.pictures import counted
+
+    return counted(source, task.update)
+
+
+def _check_set_options(
+    source: PictureSource | None, size: int | None, split: str | None, *, drawn_by_size: bool
+) -> None:
+    from physformer_core.evaluation.pictures import RawPictures, ShardPictures
+
+    if split is not None and not isinstance(source, ShardPictures):
+        raise ConfigError("--split has no effect: the reference is no preprocessed set")
+    if size is not None and not drawn_by_size and not isinstance(source, RawPictures):
+        raise ConfigError(
+            "--size has no effect here", hint="it is the side of a raw set's drawings, or of pictures from --prompts"
+        )
+
+
+def _refuse_without_effect(options: Sequence[tuple[str, bool, str]]) -> None:
+    """Refuses the first option that says something which nothing comes of: (option, whether, beside what)."""
+    for option, useless, beside in options:
+        if useless:
+            raise ConfigError(f"{option} has no effect with {beside}", hint="leave it out")
+
+
+def _write_result(output: Path | None, result: Mapping[str, Any], run: RunRecorder) -> None:
+    """Writes scores and recipe; the same run gives the same bytes."""
+    if output is None:
+        return
+    from physformer_core.files import atomic_write, next_free_name
+
+    text = json.dumps(dict(result), indent=2, ensure_ascii=False) + "\n"
+    name = next_free_name(output)
+    with atomic_write(name) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    run.add_output(name, sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+def _print_distances(score: DistanceScore, json_output: bool) -> None:
+    for warning in score.warnings:
+        console.warn(warning)
+    if json_output:
+        console.print_json(score.as_dict())
+        return
+    rows = [(score.name, f"{score.frechet:.4f}")]
+    if score.kid is not None:
+        rows.append(("KID x 1000", f"{1000 * score.kid:.4f} (subsets: +-{1000 * (score.kid_std or 0):.4f})"))
+    if score.precision is not None and score.recall is not None:
+        rows += [("precision", f"{score.precision:.4f}"), ("recall", f"{score.recall:.4f}")]
+    rows += [(side, f"{score.recipe[side]['count']} pictures") for side in ("reference", "generated")]
+    console.print_table(("MEASURE", "VALUE"), rows)
+    extractor = score.recipe["extractor"]
+    console.say(
+        f"features: {extractor['model']} ({extractor['sha256'][:12]}), {extractor['input']}; --json: the recipe"
+    )
+
+
+def _print_prompts(result: Mapping[str, Any]) -> None:
+    if "single" in result:
+        single = result["single"]
+        rows = [
+            ("all", *_cells(single), _percent(single["floor"]["top1"]) + " / " + _percent(single["floor"]["top5"])),
+            *((kind if kind != "plain" else "plain colour", *_cells(one), "") for kind, one in single["kinds"].items()),
+            *((one["category"], *_cells(one), "") for one in single["categories"]),
+        ]
+        console.print_table(("SUBJECTS", "NUMBER", "TOP-1", "95 %", "TOP-5", "CEILING 1 / 5", "FLOOR 1 / 5"), rows)
+    if "relations" in result:
+        pairs = result["relations"]
+        if "single" in result:
+            typer.echo()
+        rows = [
+            ("all", *_cells(pairs), _percent(pairs["floor"]["top1"]) + " / " + _percent(pairs["floor"]["top5"])),
+            *((one["relation"], *_cells(one), "") for one in pairs["relations"]),
+        ]
+        console.print_table(("RELATIONS", "NUMBER", "TOP-1", "95 %", "TOP-5", "CEILING 1 / 5", "FLOOR 1 / 5"), rows)
+        typer.echo(
+            f"subject seen {_percent(pairs['subject_top5'])}, other thing {_percent(pairs['other_top5'])} (top-5); "
+            f"the opposite relation would also fit {_percent(pairs['opposite']['drawn'])} of them, "
+            f"{_percent(pairs['opposite']['ceiling'])} of real scenes"
+        )
+
+
+def _cells(one: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    top1, ceiling = one["top1"], one["ceiling"]
+    return (
+        str(top1["count"]),
+        _percent(top1["value"]),
+        f"{100 * top1['low']:.0f}-{_percent(top1['high'])}",
+        _percent(one["top5"]["value"]),
+        f"{_percent(ceiling['top1'])} / {_percent(ceiling['top5'])}",
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%" if 0 < share < 0.1 else f"{100 * share:.0f}%"
+
+
+def _check_least(
+    result: Mapping[str, Any], least: Mapping[str, float | None], relations: float | None, run: RunRecorder
+) -> None:
+    missed = []
+    for key, threshold in least.items():
+        if threshold is not None and (value := result["single"][key]["value"]) < threshold:
+            missed.append(f"single subjects' {key} {value:.3f} is below {threshold:g}")
+    if relations is not None and (value := result["relations"]["top5"]["value"]) < relations:
+        missed.append(f"relations' top5 {value:.3f} is below {relations:g}")
+    if missed:
+        _miss(run, missed)
+
+
+def _miss(run: RunRecorder, reasons: Sequence[str]) -> None:
+    for reason in reasons:
+        console.error(reason)
+    run.fail(reasons[0])
+    raise typer.Exit(MISSED)

@@ -1,0 +1,365 @@
+"""Prompt accuracy: whether a picture shows what its prompt says, measured without a person and without a network.
+
+Prompts are captions of scenes that nobody has drawn yet, one per concept in random order. Each drawn picture is
+compared with clean renders of all concepts, in feature space; its prompt is right if the concept it names is the
+nearest (top-1) or among the five nearest (top-5). Beside the score stand two others, from the same prompts, features
+and arithmetic: the ceiling, where the very scene that the prompt describes is rendered instead of drawn, and the floor,
+where each picture is judged by the other pictures' prompts. A network that ignores its prompt gets the floor, one that
+draws like the data gets the ceiling.
+
+Prompts with a relation count as right where both things are seen in places that fit the relation (`windows`), or, for
+"in a cage", where the picture is nearer to a caged render of the concept than to any other, caged or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from physformer_core.data.scenes import Concept, compose_scene, load_concepts, render_svg
+from physformer_core.data.scenes.composer import RELATIONS, Scene
+from physformer_core.errors import ConfigError
+from physformer_core.evaluation.features import FeatureExtractor
+from physformer_core.evaluation.gallery import Gallery, unit
+from physformer_core.evaluation.windows import OPPOSITE, Window, ranks, relation_found, search_windows, whole_windows
+
+CASE_SEED = 72_000_000
+"""Collections from this number on give the prompts; no training set should use them."""
+
+_RELATION_OFFSET = 1_000_000
+_THUMBNAIL = 160
+_NEAREST = (1, 5)
+
+
+@dataclass(frozen=True)
+class PromptCase:
+    """A prompt and the scene it describes.
+
+    Args:
+        prompt: One of the scene's captions.
+        scene: The scene.
+        subject: Row of its main concept in the gallery.
+        other: Row of the other thing; None for a single subject or a cage.
+        kind: "plain" or "place" for a single subject, else the relation.
+    """
+
+    prompt: str
+    scene: Scene
+    subject: int
+    other: int | None
+    kind: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one picture was taken for.
+
+    Args:
+        scores: Single subjects: [concepts]. Relations: [windows, concepts], with caged concepts behind for "in".
+        guess: Name of the nearest concept.
+        rank: How many concepts are nearer than the right one; for relations 0, 1 or 5: found among the nearest one,
+            among the nearest five, or not.
+        windows: Relations: the windows of the scores' rows.
+        both, subject, other: Relations: what was found among the nearest one and the nearest five.
+    """
+
+    scores: np.ndarray
+    guess: str
+    rank: int
+    windows: tuple[Window, ...] = ()
+    both: tuple[bool, ...] = ()
+    subject: tuple[bool, ...] = ()
+    other: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of pictures with its 95 % interval (Wilson, 1927).
+
+    Args:
+        value, low, high: 0 to 1.
+        count: Pictures.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, hits: Sequence[bool] | np.ndarray) -> Share:
+        """The share of hits; there must be at least one picture."""
+        count = len(hits)
+        z, p = 1.959964, float(np.mean(hits))
+        middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+        half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+        return cls(p, max(0.0, middle - half), min(1.0, middle + half), count)
+
+    def as_dict(self) -> dict[str, float | int]:
+        return {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
+
+
+def single_cases(count: int, seed: int, *, aspect: float) -> list[PromptCase]:
+    """Prompts of single subjects, alternately on a plain colour and in a place; every concept once before any twice.
+
+    Args:
+        count: How many.
+        seed: Decides concepts and scenes.
+        aspect: Width divided by height.
+    """
+    concepts = load_concepts()
+    order = np.random.default_rng([CASE_SEED, seed])
+    rows: list[int] = []
+    while len(rows) < count:
+        rows += order.permutation(len(concepts)).tolist()
+    cases = []
+    for number, row in enumerate(rows[:count]):
+        kind = "place" if number % 2 else "single"
+        scene = compose_scene(
+            CASE_SEED + seed,
+            number,
+            aspect=aspect,
+            kind="setting" if kind == "place" else "single",
+            concept=concepts[row].name,
+        )
+        cases.append(PromptCase(scene.captions[0], scene, row, None, "place" if kind == "place" else "plain"))
+    return cases
+
+
+def relation_cases(count: int, seed: int, *, aspect: float) -> list[PromptCase]:
+    """Prompts of two things, each relation in turn.
+
+    Args:
+        count, seed, aspect: As in `single_cases`.
+    """
+    names = [concept.name for concept in load_concepts()]
+    relations = list(RELATIONS)
+    cases = []
+    for number in range(count):
+        relation = relations[number % len(relations)]
+        scene = compose_scene(CASE_SEED + seed, _RELATION_OFFSET + number, aspect=aspect, relation=relation)
+        subject, other = scene.subjects[0].concept, scene.subjects[1].concept
+        # In a cage nothing is between; the cage is no concept of its own.
+        row = None if relation == "in" else names.index(other)
+        cases.append(PromptCase(scene.captions[0], scene, names.index(subject), row, relation))
+    return cases
+
+
+class Judge:
+    """Says what pictures show.
+
+    Args:
+        extractor: The feature network.
+        gallery: Clean renders.
+        caged: Caged renders; needed for the relation "in".
+
+    Raises:
+        ConfigError: The two galleries hold different concepts.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, gallery: Gallery, caged: Gallery | None = None) -> None:
+        if caged is not None and caged.concepts != gallery.concepts:
+            raise ConfigError("the clean and the caged gallery hold different concepts")
+        self._extractor, self._gallery, self._caged = extractor, gallery, caged
+
+    def judge(self, case: PromptCase, picture: np.ndarray) -> Judgement:
+        """Compares a picture [height, width, 3] with all concepts."""
+        if case.kind == "in":
+            return self._judge_caged(case, picture)
+        if case.other is not None:
+            return self._judge_relation(case, picture)
+        windows = whole_windows(*picture.shape[:2])
+        scores = self._gallery.scores(self._extractor.extract([window.cut(picture) for window in windows])).max(0)
+        return Judgement(scores, self._name(int(scores.argmax())), int(ranks(scores, case.subject)))
+
+    def _judge_caged(self, case: PromptCase, picture: np.ndarray) -> Judgement:
+        assert self._caged is not None, "prompts with a cage need a gallery of caged renders"
+        windows = whole_windows(*picture.shape[:2])
+        features = unit(self._extractor.extract([window.cut(picture) for window in windows]))
+        scores = np.concatenate([self._gallery.scores(features), self._caged.scores(features)], axis=1).max(0)
+        target = len(self._gallery.concepts) + case.subject
+        rank, nearest = int(ranks(scores, target)), int(scores.argmax())
+        found = tuple(rank < most for most in _NEAREST)
+        guess = self._name(nearest) + (" in a cage" if nearest >= len(self._gallery.concepts) else "")
+        return Judgement(scores[None], guess, _step(found), (), found, found, found)
+
+    def _judge_relation(self, case: PromptCase, picture: np.ndarray) -> Judgement:
+        assert case.other is not None
+        windows = search_windows(*picture.shape[:2])
+        scores = self._gallery.scores(self._extractor.extract([window.cut(picture) for window in windows]))
+        results = [relation_found(case.kind, windows, scores, case.subject, case.other, most) for most in _NEAREST]
+        both, subject, other = zip(*results, strict=True)
+        # What is seen most clearly: the two concepts with the highest scores anywhere.
+        clearest = scores.max(0).argsort()[::-1][:2]
+        guess = " and ".join(self._name(int(row)) for row in clearest)
+        return Judgement(scores, guess, _step(both), tuple(windows), both, subject, other)
+
+    def _name(self, row: int) -> str:
+        return self._gallery.concepts[row % len(self._gallery.concepts)].name
+
+
+@dataclass(frozen=True)
+class JudgedPrompt:
+    """A prompt, its drawn picture and its ceiling, judged.
+
+    Args:
+        case: The prompt.
+        drawn: The drawn picture.
+        real: The rendered scene.
+        thumbnail: The drawn picture, small.
+    """
+
+    case: PromptCase
+    drawn: Judgement
+    real: Judgement
+    thumbnail: Image.Image
+
+
+def judge_all(
+    cases: Sequence[PromptCase],
+    pictures: Iterator[tuple[int, np.ndarray]],
+    judge: Judge,
+    on_judged: Callable[[int], None] | None = None,
+) -> list[JudgedPrompt]:
+    """Judges drawn pictures and, at the same size, the scenes that their prompts describe.
+
+    Args:
+        cases: The prompts.
+        pictures: (number of the prompt, picture), in any order, each once.
+        judge: What judges.
+        on_judged: Told how many are done.
+    """
+    judged: dict[int, JudgedPrompt] = {}
+    for number, picture in pictures:
+        case = cases[number]
+        height, width = picture.shape[:2]
+        thumbnail = Image.fromarray(picture)
+        thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+        real = judge.judge(case, render_svg(case.scene.svg, width, height))
+        judged[number] = JudgedPrompt(case, judge.judge(case, picture), real, thumbnail)
+        if on_judged is not None:
+            on_judged(len(judged))
+    return [judged[number] for number in sorted(judged)]
+
+
+def single_report(judged: Sequence[JudgedPrompt], concepts: Sequence[Concept]) -> dict[str, Any]:
+    """Shares of single subjects that were right: in all, by category and by kind, with ceiling and floor."""
+
+    def shares(chosen: Sequence[JudgedPrompt]) -> dict[str, Any]:
+        return {f"top{most}": Share.of([one.drawn.rank < most for one in chosen]).as_dict() for most in _NEAREST} | {
+            "ceiling": {f"top{most}": Share.of([one.real.rank < most for one in chosen]).value for most in _NEAREST}
+        }
+
+    targets = np.array([one.case.subject for one in judged])
+    floor: dict[str, float | None] = {}
+    for most in _NEAREST:
+        # Every picture against the prompts of all others: the same as shuffling, without its luck.
+        hits = [
+            np.mean(ranks(np.broadcast_to(one.drawn.scores, (len(others), len(one.drawn.scores))), others) < most)
+            for one in judged
+            if len(others := targets[targets != one.case.subject])
+        ]
+        floor[f"top{most}"] = float(np.mean(hits)) if hits else None
+    categories = list(dict.fromkeys(concept.category for concept in concepts))
+    return {
+        "count": len(judged),
+        **shares(judged),
+        "floor": floor,
+        "kinds": {kind: shares(chosen) for kind in ("plain", "place") if (chosen := _of_kind(judged, kind))},
+        "categories": [
+            {"category": category, **shares(chosen)}
+            for category in categories
+            if (chosen := [one for one in judged if concepts[one.case.subject].category == category])
+        ],
+    }
+
+
+def relation_report(judged: Sequence[JudgedPrompt]) -> dict[str, Any]:
+    """Shares of relations whose things were both found in the right places, with ceiling, floor and opposite.
+
+    "floor" judges each picture by the other pictures' prompts of the same shape (cage or two things); "opposite" asks
+    for the opposite relation of the same two things, which a good picture must not satisfy.
+    """
+
+    def shares(chosen: Sequence[JudgedPrompt]) -> dict[str, Any]:
+        return {
+            f"top{most}": Share.of([one.drawn.both[place] for one in chosen]).as_dict()
+            for place, most in enumerate(_NEAREST)
+        } | {
+            "subject_top5": Share.of([one.drawn.subject[-1] for one in chosen]).value,
+            "other_top5": Share.of([one.drawn.other[-1] for one in chosen]).value,
+            "ceiling": {
+                f"top{most}": Share.of([one.real.both[place] for one in chosen]).value
+                for place, most in enumerate(_NEAREST)
+            },
+        }
+
+    return {
+        "count": len(judged),
+        **shares(judged),
+        "floor": {f"top{most}": _relation_floor(judged, most) for most in _NEAREST},
+        "opposite": {"drawn": _opposite(judged, real=False), "ceiling": _opposite(judged, real=True)},
+        "relations": [
+            {"relation": relation, **shares(chosen)} for relation in RELATIONS if (chosen := _of_kind(judged, relation))
+        ],
+    }
+
+
+def _relation_floor(judged: Sequence[JudgedPrompt], most: int) -> float | None:
+    hits = []
+    for one in judged:
+        for prompt in judged:
+            if (prompt.case.subject, prompt.case.other) == (one.case.subject, one.case.other):
+                continue
+            if one.case.kind == prompt.case.kind == "in":
+                concepts = one.drawn.scores.shape[1] // 2
+                hits.append(bool(ranks(one.drawn.scores[0], concepts + prompt.case.subject) < most))
+            elif one.case.other is not None and prompt.case.other is not None:
+                found = relation_found(
+                    prompt.case.kind, one.drawn.windows, one.drawn.scores, prompt.case.subject, prompt.case.other, most
+                )
+                hits.append(found[0])
+    return float(np.mean(hits)) if hits else None
+
+
+def _opposite(judged: Sequence[JudgedPrompt], *, real: bool) -> float | None:
+    """The share of pictures, of those whose relation has an opposite, that satisfy that one too (nearest one)."""
+    hits = []
+    for one in judged:
+        if one.case.kind in OPPOSITE and one.case.other is not None:
+            seen = one.real if real else one.drawn
+            opposite = OPPOSITE[one.case.kind]
+            hits.append(relation_found(opposite, seen.windows, seen.scores, one.case.subject, one.case.other, 1)[0])
+    return float(np.mean(hits)) if hits else None
+
+
+def judged_table(judged: Sequence[JudgedPrompt], concepts: Sequence[Concept]) -> list[dict[str, Any]]:
+    """Every prompt with what its picture was taken for, ready for JSON."""
+    rows = []
+    for one in judged:
+        facts: Mapping[str, Any] = {
+            "prompt": one.case.prompt,
+            "kind": one.case.kind,
+            "concept": concepts[one.case.subject].name,
+            "other": concepts[one.case.other].name if one.case.other is not None else None,
+            "guess": one.drawn.guess,
+            "rank": one.drawn.rank,
+            "right": one.drawn.rank == 0,
+            "ceiling_rank": one.real.rank,
+        }
+        rows.append(dict(facts))
+    return rows
+
+
+def _of_kind(judged: Sequence[JudgedPrompt], kind: str) -> list[JudgedPrompt]:
+    return [one for one in judged if one.case.kind == kind]
+
+
+def _step(found: tuple[bool, ...]) -> int:
+    """0 found among the nearest one, 1 among the nearest five, 5 not."""
+    return 0 if found[0] else 1 if found[-1] else _NEAREST[-1]

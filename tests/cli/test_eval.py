@@ -1,0 +1,222 @@
+"""`physformer eval`: a tiny network, few pictures, and a feature network that needs no weights."""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import physformer_core.evaluation.features as features
+from physformer_cli import console, main
+from physformer_core.checkpoints import find_checkpoint
+from physformer_core.project import Project
+
+
+class TinyExtractor(features.FeatureExtractor):
+    """The picture at 4 x 4."""
+
+    def __init__(self) -> None:
+        self.name, self.model, self.side, self.width = "tiny", "tiny", 16, 48
+        self.fingerprint = hashlib.sha256(b"tiny-4").hexdigest()
+        self.device = torch.device("cpu")
+
+    def _run(self, pixels_bchw):
+        return torch.nn.functional.adaptive_avg_pool2d(pixels_bchw / 255 - 0.5, 4).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, tmp_path_factory, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delenv("PHYSFORMER_PROJECT", raising=False)
+    monkeypatch.delenv("PHYSFORMER_DEBUG", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "eval-cache"))
+    console.stderr.cache_clear()  # pytest has replaced sys.stderr since
+    yield
+    console.stderr.cache_clear()
+
+
+@pytest.fixture
+def tiny_features(monkeypatch):
+    monkeypatch.setattr(features, "load_extractor", lambda *_: TinyExtractor())
+
+
+@pytest.fixture
+def physformer(monkeypatch, capfd):
+    """Runs a command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        capfd.readouterr()
+        arguments = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["physformer", *arguments])
+        code = main.main(arguments)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err and "unexpected" not in err, err
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def folders():
+    random = np.random.default_rng(0)
+    for name, low in (("real", 0), ("made", 120)):
+        os.mkdir(name)
+        for number in range(6):
+            Image.fromarray(random.integers(low, 256, (24, 32, 3), dtype=np.uint8)).save(f"{name}/{number}.png")
+    return "real", "made"
+
+
+def test_fid_of_two_folders_with_its_recipe(physformer, tiny_features, folders):
+    code, out, err = physformer("eval", "fid", *("real", "--generated", "made"), "--json", "-o", "score.json")
+    assert code == 0, err
+    shown = json.loads(out)
+    assert shown["name"] != "FID" and shown["frechet"] > 0 and shown["kid"] is not None and 0 <= shown["precision"] <= 1
+    recipe = shown["recipe"]
+    assert recipe["extractor"]["sha256"] == TinyExtractor().fingerprint and recipe["extractor"]["resize"]
+    assert recipe["reference"]["count"] == 6 and len(recipe["generated"]["pictures"]["sha256"]) == 64
+    assert err.count("warning:") == 2 and "fewer than 10,000" in err
+    assert json.loads(Path("score.json").read_text()) == shown
+    run = Project.load("physformer.toml").runs[-1]
+    assert run.command == "eval fid" and run.config["frechet"] == pytest.approx(shown["frechet"])
+    assert run.config["recipe"]["extractor"]["name"] == "tiny" and run.outputs[0].path == "score.json"
+    before = Path("score.json").read_bytes()
+    assert physformer("eval", "fid", "real", "--generated", "made", "-o", "score.json")[0] == 0
+    assert Path("score.json").read_bytes() == before == Path("score_1.json").read_bytes()  # nothing is overwritten
+    code, out, _ = physformer("eval", "fid", "real", "--generated", "made", "--no-record")
+    assert code == 0 and "not FID" in out and "precision" in out
+
+
+def test_fid_of_a_statistics_file(physformer, tiny_features, folders):
+    code, _, err = physformer("eval", "fid", "real", "--save-statistics", "real.npz")
+    assert code == 0 and "statistics of 6 pictures" in err
+    with np.load("real.npz") as archive:
+        assert archive["mu"].shape == (48,) and archive["sigma"].shape == (48, 48)
+    direct = json.loads(physformer("eval", "fid", "real", "--generated", "made", "--json")[1])
+    code, out, _ = physformer("eval", "fid", "real.npz", "--generated", "made", "--json")
+    through = json.loads(out)
+    assert code == 0 and through["frechet"] == pytest.approx(direct["frechet"]) and through["kid"] is None
+    code, _, err = physformer("eval", "fid", "real.npz", "--generated", "made", "--max-distance", "0.001")
+    assert code == 3 and "is more than 0.001" in err and Project.load("physformer.toml").runs[-1].status == "failed"
+    code, _, err = physformer("eval", "fid", "real.npz", "--generated", "made", "--features", "efficientnet")
+    assert code == 0  # the stand-in answers to every name
+
+
+def test_fid_of_drawn_pictures(physformer, tiny_features, tiny_checkpoint, scene_raw, scene_set):
+    code, out, err = physformer(
+        "eval", "fid", scene_set, "--checkpoint", tiny_checkpoint, "--num", 4, "--steps", 1, "--json", "--no-record"
+    )
+    assert code == 0, err
+    made = json.loads(out)["recipe"]["generated"]["pictures"]
+    assert made["kind"] == "checkpoint" and made["sha256"] == find_checkpoint(tiny_checkpoint).sha256
+    assert made["count"] == 4 and made["guidance"] == 4.0 and made["steps"] == [1] and made["seeds"] == [0]
+    code, out, err = physformer(
+        "eval", "fid", scene_raw, "--checkpoint", tiny_checkpoint, "--num", 2, "--steps", 1, "--size", 32, "--json"
+    )
+    assert code == 0 and json.loads(out)["recipe"]["reference"]["pictures"]["size"] == 32, err
+
+
+def test_fid_with_prompts_of_a_file(physformer, tiny_features, tiny_checkpoint, folders):
+    Path("p.txt").write_text("a cat\na dog\n")
+    code, out, err = physformer(
+        "eval", "fid", "real", "--checkpoint", tiny_checkpoint, "--num", 3, "--prompts", "p.txt", "--size", 32,
+        "--steps", 1, "--json",
+    )  # fmt: skip
+    assert code == 0 and json.loads(out)["recipe"]["generated"]["pictures"]["sizes"] == ["32x32"], err
+    code, _, err = physformer("eval", "fid", "real", "--checkpoint", tiny_checkpoint, "--num", 3)
+    assert code == 1 and "no captions" in err and "--prompts" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("none", "--generated", "made"), "there is no folder none"),
+        (("real", "--generated", "none"), "there is no folder none"),
+        (("real", "--generated", "made", "--num", "3"), "--num has no effect"),
+        (("real", "--generated", "made", "--steps", "3"), "--steps has no effect"),
+        (("real", "--generated", "made", "--guidance", "3"), "--guidance has no effect"),
+        (("real", "--save-statistics", "x.npz", "--dtype", "fp32"), "--dtype has no effect"),
+        (("real", "--generated", "made", "--split", "train"), "--split has no effect"),
+        (("real", "--generated", "made", "--split", "test"), "unknown split"),
+        (("real", "--generated", "made", "--size", "64"), "--size has no effect"),
+        (("real.npz", "--generated", "made"), "holds no feature statistics"),
+        (("real.npz", "--generated", "made", "--save-statistics", "x.npz"), "--save-statistics has no effect"),
+    ],
+)
+def test_fid_mistakes(physformer, tiny_features, folders, arguments, word):
+    code, out, err = physformer("eval", "fid", *arguments)
+    assert code == 1 and word in err and out == "", err
+
+
+def test_features_that_are_not_there(physformer, folders):
+    code, _, err = physformer("eval", "fid", "real", "--generated", "made", "--features", "inception")
+    assert code == 1 and "--feature-model inception-2015-12-05.pt" in err
+    code, _, err = physformer("eval", "fid", "real", "--generated", "made", "--features", "vgg")
+    assert code == 1 and "unknown features" in err
+
+
+def test_prompts(physformer, tiny_features, tiny_checkpoint):
+    arguments = ("eval", "prompts", "--checkpoint", tiny_checkpoint, "--num", 4, "--relations", 7, "--size", 32,
+                 "--steps", 1)  # fmt: skip
+    code, out, err = physformer(*arguments, "--json", "--contact-sheet", "sheet.png", "-o", "prompts.json")
+    assert code == 0, err
+    shown = json.loads(out)
+    single, pairs = shown["single"], shown["relations"]
+    assert single["count"] == 4 and pairs["count"] == 7 and len(shown["pictures"]) == 11
+    for one in (single, pairs):
+        assert 0 <= one["top1"]["low"] <= one["top1"]["value"] <= one["top5"]["value"] <= 1
+        assert one["ceiling"]["top5"] >= one["ceiling"]["top1"] and one["floor"]["top5"] is not None
+    assert shown["recipe"]["generated"]["sha256"] == find_checkpoint(tiny_checkpoint).sha256
+    assert shown["recipe"]["generated"]["captions_sha256"] and shown["recipe"]["extractor"]["name"] == "tiny"
+    assert Image.open("sheet.png").width > 160 and json.loads(Path("prompts.json").read_text()) == shown
+    run = Project.load("physformer.toml").runs[-1]
+    assert {output.path for output in run.outputs} == {"sheet.png", "prompts.json"} and "single" in run.config
+    code, out, _ = physformer(*arguments, "--no-record")
+    assert code == 0 and "CEILING" in out and "next to" in out and "plain colour" in out
+
+
+def test_prompts_threshold(physformer, tiny_features, tiny_checkpoint):
+    arguments = ("eval", "prompts", "--checkpoint", tiny_checkpoint, "--size", 32, "--steps", 1)
+    code, out, err = physformer(*arguments, "--num", 4, "--relations", 0, "--min-top1", 1, "--min-top5", 0)
+    assert code == 3 and "top1 0" in err and "below 1" in err and "TOP-1" in out
+    assert Project.load("physformer.toml").runs[-1].status == "failed"
+    code, _, err = physformer(*arguments, "--num", 0, "--relations", 2, "--min-relations", 0, "--size", "48x32")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--num", "0", "--relations", "0"), "nothing to measure"),
+        (("--num", "0", "--min-top1", "0.5"), "--min-top1 has no effect"),
+        (("--relations", "0", "--min-relations", "0.5"), "--min-relations has no effect"),
+        (("--size", "huge"), "huge"),
+        (("--checkpoint", "none"), "there is no checkpoint"),
+    ],
+)
+def test_prompts_mistakes(physformer, tiny_features, arguments, word):
+    code, out, err = physformer("eval", "prompts", *arguments)
+    assert code == 1 and word in err and out == "", err
+
+
+def test_reconstruct(physformer, folders):
+    code, out, err = physformer("eval", "reconstruct", "pixels", "real", "--num", 2, "--json")
+    shown = json.loads(out)
+    assert code == 0 and shown["psnr"] is None and shown["exact"] == 2 and shown["ssim"] == pytest.approx(1), err
+    code, out, _ = physformer("eval", "reconstruct", "pixels", "real")
+    assert code == 0 and "every one exact" in out
+
+
+def test_reconstruct_with_an_autoencoder(physformer, folders, tmp_path):
+    from diffusers import AutoencoderTiny
+
+    AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                    num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "vae")  # fmt: skip
+    code, out, err = physformer("eval", "reconstruct", tmp_path / "vae", "real", "--min-psnr", 99, "--json")
+    shown = json.loads(out)
+    assert code == 3 and 0 < shown["psnr"] < 40 and "is below 99" in err and shown["recipe"]["pictures"]["sha256"]
