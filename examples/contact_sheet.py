@@ -8,18 +8,9 @@ from pathlib import Path
 
 from physformer_core.checkpoints import load_pipeline
 from physformer_core.data.contact_sheet import Exhibit, draw_sheet, write_sheet
+from physformer_core.data.scenes import FAMILIAR_PROMPTS
 from physformer_core.flow import DEFAULT_GUIDANCE
 from physformer_core.hardware import resolve_device, resolve_dtype
-
-PROMPTS = (
-    "a bird in a cage",
-    "a photo of a cat",
-    "a red car on a city street",
-    "a beautiful sunset over the ocean",
-    "a dragon flying over mountains",
-    "a painting of a mountain landscape",
-    "a futuristic city at sunset",
-)
 
 
 def main() -> None:
@@ -35,7 +26,7 @@ def main() -> None:
     device = resolve_device("auto")
     pipeline = load_pipeline(options.checkpoint, device=device, dtype=resolve_dtype("auto", device))
     exhibits = []
-    for prompt in PROMPTS:
+    for prompt in FAMILIAR_PROMPTS:
         for seed in range(options.seeds):
             drawn = pipeline(prompt, height=height, width=width, seeds=seed, guidance=options.guidance)
             exhibits.append(Exhibit(drawn.images[0], prompt, f"seed {seed}"))

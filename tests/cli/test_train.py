@@ -3,13 +3,11 @@
 import json
 import os
 import signal
-import sys
 import tomllib
 
 import pytest
 from PIL import Image
 
-from physformer_cli import console, main
 from physformer_core.config import load_preset
 from physformer_core.files import sha256_file
 from physformer_core.project import Project
@@ -18,26 +16,7 @@ from physformer_core.training import trainer as trainer_module
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PHYSFORMER_PROJECT", raising=False)
-    console.stderr.cache_clear()  # pytest has replaced sys.stderr since
-    yield
-    console.stderr.cache_clear()
-
-
-@pytest.fixture
-def physformer(monkeypatch, capfd):
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments):
-        arguments = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["physformer", *arguments])
-        code = main.main(arguments)
-        return code, *capfd.readouterr()
-
-    return call
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 @pytest.fixture
