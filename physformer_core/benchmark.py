@@ -9,9 +9,9 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import platform
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -189,8 +189,13 @@ def _peak_bytes(device: torch.device) -> int:
     """Peak memory so far: resident set on the CPU, allocator on CUDA."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if platform.system() == "Linux":
+        # Not getrusage: there, a child's peak begins with its parent's.
+        with open("/proc/self/status", encoding="ascii") as file:
+            line = next(line for line in file if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def machine() -> dict[str, str | int]:
@@ -203,6 +208,4 @@ def _processor_name() -> str:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
-        import platform
-
         return platform.processor() or platform.machine()

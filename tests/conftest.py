@@ -1,8 +1,12 @@
 """What several test rooms share: a checkpoint that is small, random, and draws pictures that are not empty."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Sums depend on the number of threads, and tests compare bits between this process and others. Before torch loads.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

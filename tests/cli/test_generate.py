@@ -557,7 +557,7 @@ def test_ctrl_c_in_the_middle(tiny_checkpoint):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not Path("out/a-cat-0-2.png").exists() and time.monotonic() < deadline and process.poll() is None:
+    while not Path("out/a-cat-0-3.png").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

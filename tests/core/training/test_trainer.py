@@ -31,7 +31,6 @@ from physformer_core.config import load_preset
 from physformer_core.training import checkpoint
 from physformer_core.training.trainer import Trainer
 
-torch.set_num_threads(1)
 data, folder = map(Path, sys.argv[1:])
 save = checkpoint.save_file
 
