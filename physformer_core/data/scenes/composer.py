@@ -42,7 +42,7 @@ ASPECTS: dict[str, float] = {
 }
 """Width : height, and how often it is drawn."""
 
-KINDS: dict[str, float] = {"single": 0.42, "setting": 0.24, "pair": 0.20, "place": 0.09, "prompt": 0.05}
+KINDS: dict[str, float] = {"single": 0.42, "setting": 0.22, "pair": 0.22, "place": 0.07, "prompt": 0.07}
 """What a scene shows: one thing on a plain colour, one thing in a place, two things, a place alone,
 or a familiar prompt."""
 
@@ -65,6 +65,9 @@ PLACE_ALONE: dict[str, float] = {
     "ocean": 3, "mountains": 3, "futuristic city": 2.5, "city": 1.5, "street": 2, "sky": 2, "beach": 1.5, "forest": 1.5,
     "grass": 1, "desert": 1, "snow": 1, "space": 1, "room": 0.6, "underwater": 0.8, "table": 0.3,
 }  # fmt: skip
+
+MIRRORED = 0.15
+"""Share of living things that look the other way."""
 
 _AIRBORNE = ("air", "sky", "space")
 _FORMAT = "physformer-scenes/1"
@@ -189,7 +192,7 @@ class _Stage:
         shape = art_shape(concept.art)
         scale = frame.width / shape.width
         if flip is None:
-            flip = concept.lives not in ("building", "sky", "thing") and self.random.random() < 0.3
+            flip = concept.lives not in ("building", "sky", "thing") and self.random.random() < MIRRORED
         x = frame.right + shape.left * scale if flip else frame.left - shape.left * scale
         y = frame.top - shape.top * scale
         if grounded:
@@ -231,17 +234,22 @@ class _Stage:
         )
 
 
+def _aside(stage: _Stage) -> float:
+    """Offset of what is shown from the middle: none, or in wide pictures sometimes the line of thirds.
+
+    Framings are few, not a continuum: every concept is then seen often in each of them, and a small model learns
+    shapes rather than averages over places and sizes (docs/training-log.md).
+    """
+    spare = stage.width - stage.short
+    return stage.random.choices([0.0, -spare / 3, spare / 3], [3, 1, 1])[0] if spare > 0 else 0.0
+
+
 def _single(stage: _Stage, concept: Concept, colour: str | None = None) -> None:
     """One large thing on a plain colour."""
     random = stage.random
     stage.set_plain(background_for(random, concept, colour))
-    size = stage.short * random.uniform(0.58, 0.86)
-    loose_x, loose_y = (
-        max(0.05 * stage.width, 0.22 * (stage.width - stage.short)),
-        max(0.04 * stage.height, 0.2 * (stage.height - stage.short)),
-    )
-    x = stage.width / 2 + random.uniform(-loose_x, loose_x)
-    y = stage.height / 2 + random.uniform(-loose_y, loose_y)
+    size = stage.short * random.choice([0.66, 0.84])
+    x, y = stage.width / 2 + _aside(stage), stage.height / 2
     grounded = (
         concept.lives in ("land", "thing", "plant", "road", "building", "ground", "person") and random.random() < 0.5
     )
@@ -256,15 +264,15 @@ def _in_place(stage: _Stage, concept: Concept, place: str, time: str, colour: st
     random = stage.random
     stage.set_place(place, time, lights=concept.lives != "sky")
     flying = concept.lives in _AIRBORNE and place != "space"
-    size = stage.short * random.uniform(0.46, 0.68)
-    x = stage.width / 2 + random.uniform(-0.5, 0.5) * (0.2 * stage.short + 0.45 * (stage.width - stage.short))
+    size = stage.short * 0.62
+    x = stage.width / 2 + _aside(stage)
     if flying and place not in ("sky", "room"):
         low = max(0.24, min(stage.backdrop.horizon, 0.8) * 0.5)
-        frame = stage.frame_of(concept, size * 0.94, x, y=random.uniform(0.85, 1.1) * low * stage.height)
+        frame = stage.frame_of(concept, size * 0.94, x, y=low * stage.height)
     elif stage.backdrop.ground is None or flying:
-        frame = stage.frame_of(concept, size * 1.1, x, y=random.uniform(0.42, 0.56) * stage.height)
+        frame = stage.frame_of(concept, size * 1.1, x, y=0.48 * stage.height)
     else:
-        frame = stage.frame_of(concept, size, x, bottom=stage.base_line(random.uniform(0.35, 1.0)))
+        frame = stage.frame_of(concept, size, x, bottom=stage.base_line(random.choice([0.5, 0.9])))
     frame = stage.inside(frame, 30)
     afloat = place == "ocean" and not flying
     standing = not flying and stage.backdrop.ground is not None and not afloat
@@ -293,17 +301,16 @@ def _caged(stage: _Stage, concept: Concept, colour: str | None = None) -> None:
         stage.set_plain(background_for(random, concept, colour))
     else:
         stage.set_place(place, "day")
-    tall = stage.short * random.uniform(0.8, 0.93)
-    wide = tall * random.uniform(0.76, 0.9)
-    loose = max(0.04 * stage.width, 0.3 * (stage.width - stage.short))
-    x = stage.width / 2 + random.uniform(-loose, loose)
+    tall = stage.short * 0.9
+    wide = tall * 0.86
+    x = stage.width / 2 + _aside(stage)
     bottom = (stage.height + tall) / 2 if place == "plain" else stage.base_line(1.0)
     outer = stage.inside(Frame(x - wide / 2, bottom - tall, x + wide / 2, bottom), 20)
     behind, front = cage(outer, random, avoid=stage.backdrop.colour)
     stage.parts += [shadow((outer.left + outer.right) / 2, outer.bottom - 6, wide * 0.54), behind]
     shape = art_shape(concept.art)
     room_w, room_h = wide * 0.8, tall * 0.58
-    size = max(shape.width, shape.height) * min(room_w / shape.width, room_h / shape.height) * random.uniform(0.86, 1.0)
+    size = max(shape.width, shape.height) * min(room_w / shape.width, room_h / shape.height)
     frame = stage.frame_of(concept, size, (outer.left + outer.right) / 2, bottom=outer.bottom - tall * 0.095)
     if concept.lives in _AIRBORNE:
         frame = Frame(frame.left, frame.top - tall * 0.05, frame.right, frame.bottom - tall * 0.05)
@@ -363,12 +370,8 @@ def _side_by_side(stage: _Stage, subject: Concept, other: Concept) -> None:
     a, b = _sizes(subject, other)
     unit_a, unit_b = stage.frame_of(subject, a, 0), stage.frame_of(other, b, 0)
     gap = 0.06
-    scale = min(
-        0.92 * stage.width / (unit_a.width + unit_b.width + gap), 0.66 * stage.short * random.uniform(0.88, 1.05)
-    )
-    total = scale * (unit_a.width + unit_b.width + gap)
-    slack = max(stage.width - total - 40, 0) / 2
-    left = (stage.width - total) / 2 + random.uniform(-0.5, 0.5) * slack
+    scale = min(0.92 * stage.width / (unit_a.width + unit_b.width + gap), 0.66 * stage.short)
+    left = (stage.width - scale * (unit_a.width + unit_b.width + gap)) / 2
     pair = [(subject, "subject", unit_a, a), (other, "object", unit_b, b)]
     if random.random() < 0.5:
         pair.reverse()
@@ -387,7 +390,7 @@ def _over(stage: _Stage, subject: Concept, other: Concept) -> None:
 def _under(stage: _Stage, subject: Concept, other: Concept) -> None:
     if other.name in ("tree", "palm tree"):
         base = stage.base_line(0.8) if stage.description.place else 0.5 * stage.height + 0.42 * stage.short
-        x = stage.width / 2 + stage.random.uniform(-0.1, 0.1) * stage.width
+        x = stage.width / 2
         tree = stage.inside(stage.frame_of(other, 0.9 * stage.short, x, bottom=base))
         stage.draw(other, tree, "object", grounded=True)
         side = stage.random.choice([-1, 1]) * 0.16 * stage.short
@@ -401,16 +404,14 @@ def _under(stage: _Stage, subject: Concept, other: Concept) -> None:
 
 def _stack(stage: _Stage, *, upper: tuple[Concept, str], lower: tuple[Concept, str]) -> None:
     """One thing above another, with air between them."""
-    random = stage.random
     height = min(stage.height, 1.45 * stage.short)
-    middle = stage.width / 2 + random.uniform(-0.5, 0.5) * (0.08 * stage.short + 0.5 * (stage.width - stage.short))
+    middle = stage.width / 2 + _aside(stage)
     base = stage.base_line(0.9) if stage.description.place else (stage.height + height) / 2 - 0.06 * height
-    low = stage.inside(stage.frame_of(lower[0], random.uniform(0.44, 0.5) * stage.short, middle, bottom=base))
+    low = stage.inside(stage.frame_of(lower[0], 0.48 * stage.short, middle, bottom=base))
     room = low.top - max(base - height, 0.0)
     high_unit = stage.frame_of(upper[0], 1.0, 0)
-    size = min(random.uniform(0.36, 0.44) * stage.short, 0.88 * room / high_unit.height)
-    x = middle + random.uniform(-0.1, 0.1) * stage.short
-    high = stage.inside(stage.frame_of(upper[0], size, x, bottom=low.top - 0.03 * stage.short), 10)
+    size = min(0.42 * stage.short, 0.88 * room / high_unit.height)
+    high = stage.inside(stage.frame_of(upper[0], size, middle, bottom=low.top - 0.03 * stage.short), 10)
     stage.draw(lower[0], low, lower[1], grounded=lower[0].lives != "surface")
     stage.draw(upper[0], high, upper[1])
 
@@ -418,9 +419,9 @@ def _stack(stage: _Stage, *, upper: tuple[Concept, str], lower: tuple[Concept, s
 def _on_top(stage: _Stage, subject: Concept, other: Concept) -> None:
     random = stage.random
     base = stage.base_line(0.9) if stage.description.place else stage.height / 2 + 0.4 * stage.short
-    x = stage.width / 2 + random.uniform(-0.5, 0.5) * (0.08 * stage.short + 0.5 * (stage.width - stage.short))
+    x = stage.width / 2 + _aside(stage)
     support = stage.inside(stage.frame_of(other, 0.58 * stage.short, x, bottom=base))
-    flip = random.random() < 0.3
+    flip = random.random() < MIRRORED
     shape = art_shape(other.art)
     scale = support.width / shape.width
     columns = [round((shape.left + share * shape.width) * 2) for share in (0.42, 0.46, 0.5, 0.54, 0.58)]
@@ -436,9 +437,9 @@ def _on_top(stage: _Stage, subject: Concept, other: Concept) -> None:
 def _in_front(stage: _Stage, subject: Concept, other: Concept) -> None:
     random = stage.random
     base = stage.base_line(0.75) if stage.description.place else stage.height / 2 + 0.38 * stage.short
-    x = stage.width / 2 + random.uniform(-0.5, 0.5) * 0.5 * (stage.width - stage.short)
+    x = stage.width / 2
     big = stage.inside(stage.frame_of(other, 0.8 * stage.short, x, bottom=base - 0.07 * stage.short))
-    side = random.choice([-1, 1]) * random.uniform(0.1, 0.2) * stage.short
+    side = random.choice([-1, 1]) * 0.16 * stage.short
     small = stage.frame_of(
         subject, 0.4 * stage.short, (big.left + big.right) / 2 + side, bottom=big.bottom + 0.08 * stage.short
     )
@@ -449,9 +450,9 @@ def _in_front(stage: _Stage, subject: Concept, other: Concept) -> None:
 def _behind(stage: _Stage, subject: Concept, other: Concept) -> None:
     random = stage.random
     base = stage.base_line(0.95) if stage.description.place else stage.height / 2 + 0.38 * stage.short
-    x = stage.width / 2 + random.uniform(-0.5, 0.5) * 0.5 * (stage.width - stage.short)
+    x = stage.width / 2
     back = stage.inside(stage.frame_of(subject, 0.62 * stage.short, x, bottom=base - 0.12 * stage.short))
-    side = random.choice([-1, 1]) * random.uniform(0.14, 0.2) * stage.short
+    side = random.choice([-1, 1]) * 0.18 * stage.short
     front = stage.frame_of(
         other, 0.42 * stage.short, (back.left + back.right) / 2 + side, bottom=back.bottom + 0.11 * stage.short
     )

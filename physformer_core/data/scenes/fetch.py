@@ -16,7 +16,7 @@ from physformer_core.files import atomic_write, output_error, sha256_file
 
 RAW_FORMAT = "physformer-raw/1"
 
-SCENES_VERSION = 1
+SCENES_VERSION = 2
 """Raised whenever the same seed gives other pictures or captions, so that stale sets are told apart."""
 
 LICENSE = "CC-BY-4.0"

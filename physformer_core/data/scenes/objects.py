@@ -65,7 +65,7 @@ def cage(outer: Frame, random: Random, *, avoid: tuple[float, float, float]) -> 
     )
     behind = f'<path d="{outline}Z" fill="#ffffff" opacity=".22"/>'
     bars = []
-    count = random.choice([5, 6, 7])
+    count = 6
     for i in range(1, count):
         x = left + (right - left) * i / count
         lean = middle + (x - middle) * 0.25
