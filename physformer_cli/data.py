@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -177,10 +178,23 @@ def preprocess(
         str | None,
         typer.Option(help="How often each level, for example 3,2,1.", show_default="coarser more often"),
     ] = None,
-    crop_size: Annotated[int, typer.Option(help="Side of a stored crop in pixels, a multiple of 8.")] = 96,
+    crop_size: Annotated[int, typer.Option(help="Side of a stored crop in elements of the field.")] = 96,
+    buckets: Annotated[
+        str | None,
+        typer.Option(
+            help="WIDTHxHEIGHT,... of level-0 pictures, in elements of the field.",
+            show_default="64x64 and six of about its area, up to 96x40",
+        ),
+    ] = None,
     base_views: Annotated[int, typer.Option(help="Whole pictures per example; from 2 on slightly zoomed ones.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="Captions with more tokens are left out.")] = 32,
     encoder: Annotated[str, typer.Option(help="Text encoder: minilm, a hub name, a folder; a+b for two.")] = "minilm",
+    codec: Annotated[
+        str, typer.Option(help="pixels, or an autoencoder (folder or hub name) whose latents to store.")
+    ] = "pixels",
+    device: Annotated[
+        str | None, typer.Option(help="Where the autoencoder encodes: cpu, cuda or mps.", show_default="cpu")
+    ] = None,
     validation_fraction: Annotated[float, typer.Option(help="Share of examples that is held out.")] = 0.01,
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Seed of places and levels of crops.")] = 0,
     workers: WorkersOption = None,
@@ -192,13 +206,16 @@ def preprocess(
 ) -> None:
     """Cut a raw set into training examples and encode its captions.
 
-    Does only what is missing, and nothing if all is there.
+    Does only what is missing, and nothing if all is there. With an autoencoder, elements of the field are its latents:
+    a level-0 picture of 64x64 elements is one of 512x512 pixels if the autoencoder shrinks by 8.
 
     [bold]Examples[/bold]
 
       physformer data preprocess data/scenes --output data/nano
 
       physformer data preprocess data/scenes -o data/sharp --crops-per-example 2 --levels 3,4,5 --workers 4
+
+      physformer data preprocess data/photos -o data/latents --codec madebyollin/taesd --levels 1 --device cuda
     """
     from physformer_core.data.preprocess import PreprocessConfig
     from physformer_core.data.preprocess import preprocess as run_preprocessing
@@ -215,11 +232,14 @@ def preprocess(
             base_views=base_views,
             max_tokens=max_tokens,
             encoder=encoder,
+            codec=codec,
             validation_fraction=validation_fraction,
             seed=seed,
+            buckets=PreprocessConfig.buckets if buckets is None else _buckets(buckets),
         )
         run.seeds = [seed]
         run.config = {**vars(config), "raw": raw, "output": output, "workers": workers, "overwrite": overwrite}
+        run.config["device"] = device
         run.data_sha256 = _manifest_sha256(raw)
         run.replay_with("--output", "-o", output=output, folder=True)
         with console.progress() as add:
@@ -230,6 +250,7 @@ def preprocess(
                 progress=_progress_of(add, _STAGES),
                 workers=workers,
                 overwrite=overwrite,
+                device=device,
             )
         names = [entry["name"] for entry in [*manifest["shards"], manifest["captions"]]]
         manifest_sha256 = _add_set(run, output, names)
@@ -248,8 +269,15 @@ def preprocess(
         fresh=manifest["fresh"],
         said=f"{counts['train_base']} pictures and {counts['train_crop']} crops to train on, "
         f"{counts['validation_base']} and {counts['validation_crop']} held out, "
-        f"{manifest['captions']['count']} captions",
-        result={**counts, "captions": manifest["captions"]["count"], "key": manifest["key"], "refused": refused},
+        f"{manifest['captions']['count']} captions, {manifest['cut_area']:.1%} of the pictures' area cut off",
+        result={
+            **counts,
+            "cut_area": manifest["cut_area"],
+            "buckets": manifest["buckets"],
+            "captions": manifest["captions"]["count"],
+            "key": manifest["key"],
+            "refused": refused,
+        },
         manifest_sha256=manifest_sha256,
         as_json=as_json,
     )
@@ -368,6 +396,64 @@ def inspect(
     console.say(f"wrote {target / 'index.html'}")
 
 
+@data_app.command("bench")
+def bench(
+    sides: Annotated[
+        str, typer.Option(help="Sides in pixels of the pictures whose rates are measured; empty for none.")
+    ] = "72,512",
+    count: Annotated[int, typer.Option("--count", "-n", min=128, help="Pictures of each size.")] = 500,
+    memory: Annotated[
+        str, typer.Option(help="Sizes of sets whose peak memory is measured, for example 10000,100000.")
+    ] = "",
+    need: Annotated[float, typer.Option(min=0.001, help="Examples a second that training takes.")] = 70.0,
+    as_json: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """Measure how fast pictures are fetched, preprocessed and served, against decoding and resizing them alone.
+
+    Pictures are made for it, in a temporary folder. Rates are of one process; the shares are of processor time, which
+    other work on the machine does not change.
+
+    [bold]Examples[/bold]
+
+      physformer data bench
+
+      physformer data bench --sides "" --memory 10000,100000 --json
+    """
+    from physformer_core.data import throughput
+    from physformer_core.project import recorded_run
+
+    chosen, counts = _numbers("--sides", sides, int), _numbers("--memory", memory, int)
+    with recorded_run("data bench", record=not no_record, notify=console.say) as run:
+        run.config = {"sides": chosen, "count": count, "memory": counts, "need": need}
+        rates = []
+        with console.progress() as add:
+            for side in chosen:
+                show = _progress_of(add, {"": (f"pictures of {side} pixels", "pictures")})
+                rates.append(throughput.measure_rates(side, count, progress=functools.partial(show, "")))
+            peaks = []
+            if counts:
+                show = _progress_of(add, {"": ("measuring memory", "stages")})
+                peaks = throughput.measure_memory(counts, progress=functools.partial(show, ""))
+    if as_json:
+        console.print_json({**throughput.as_dict(rates, peaks), "need": need})
+        return
+    for one in rates:
+        lines = [
+            ("decoded and resized alone", f"{one.limit:.0f} pictures/s", "1"),
+            ("fetched", f"{one.fetched:.0f} pictures/s", f"{one.fetched_share:.2f}"),
+            ("preprocessed", f"{one.preprocessed:.0f} pictures/s", f"{one.preprocessed_share:.2f}"),
+            ("captions encoded", f"{one.captions:.0f} captions/s", ""),
+            ("served by the loader", f"{one.examples:.0f} examples/s", f"{one.examples / need:.0f} times the need"),
+        ]
+        console.print_table((f"{one.count} pictures of {one.side} pixels", "rate", "share of the limit"), lines)
+    if peaks:
+        console.print_table(
+            ("examples", "fetch", "captions and keys", "pictures"),
+            [(f"{one.count}", *(f"{one.peak[stage] / 2**20:.0f} MiB" for stage in one.peak)) for one in peaks],
+        )
+
+
 def _workers(given: int | None, settings: dict[str, Any]) -> int:
     if given is None:
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -382,6 +468,16 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(f"{option} takes numbers with commas between them, not {text!r}") from None
+
+
+def _buckets(text: str) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each WIDTHxHEIGHT."""
+    sides = [_numbers("--buckets", part.replace("x", ","), int) for part in text.split(",")]
+    if any(len(pair) != 2 for pair in sides):
+        from physformer_core.errors import ConfigError
+
+        raise ConfigError(f"--buckets takes WIDTHxHEIGHT with commas between them, not {text!r}")
+    return tuple((height, width) for width, height in sides)
 
 
 def _level_weights(config: type[PreprocessConfig], levels: tuple[int, ...], text: str | None) -> tuple[float, ...]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -33,6 +36,10 @@ class Codec(ABC):
     def decode(self, field: Tensor) -> Tensor:
         """Field -> pictures [B, 3, H, W] in [-1, 1]."""
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the field: the same wherever the weights lie and however they are stored."""
+
 
 class PixelCodec(Codec):
     """The field is the picture."""
@@ -44,6 +51,9 @@ class PixelCodec(Codec):
 
     def decode(self, field: Tensor) -> Tensor:
         return field.clamp(-1, 1)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(b"pixels").hexdigest()
 
 
 class AutoencoderCodec(Codec):
@@ -70,6 +80,15 @@ class AutoencoderCodec(Codec):
 
     def decode(self, field: Tensor) -> Tensor:
         return self._model_for(field).decode(field / self.scale + self.shift).sample.clamp(-1, 1)
+
+    def fingerprint(self) -> str:
+        # Keys that begin with "_" say where it was loaded from, and by which version.
+        config = {key: value for key, value in self.model.config.items() if not key.startswith("_")}
+        digest = hashlib.sha256(json.dumps([type(self.model).__name__, config], sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def _model_for(self, tensor: Tensor) -> Any:
         """The autoencoder, where the field is: the transformer's device may have changed since it was loaded."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from physformer_core.pipeline import PhysFormerPipeline, StepEvent
 
 PREVIEW_KEY = "preview_of_level"
+LORAS_KEY = "loras"
 _MAX_REDRAWN_BATCH = 1024
 
 
@@ -36,6 +37,7 @@ class Circumstances:
         dtype: The number format's name: fp32, bf16, fp16.
         device: The device.
         compiled: Whether the network is compiled.
+        loras: Adapters added to the weights, as `ScaledAdapter.as_dict` tells of them.
     """
 
     checkpoint: str
@@ -43,6 +45,7 @@ class Circumstances:
     dtype: str
     device: str
     compiled: bool = False
+    loras: tuple[dict[str, Any], ...] = ()
 
     def metadata(
         self, batch: Sequence[PictureRequest], position: int, steps: Sequence[int], level: int | None = None
@@ -65,6 +68,8 @@ class Circumstances:
         }
         if self.compiled:
             extra["compile"] = True
+        if self.loras:
+            extra[LORAS_KEY] = [dict(one) for one in self.loras]
         if len(batch) > 1:
             neighbours = [
                 {"seed": one.seed, "index": one.index}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from physformer_core.data.workers import Progress, run_tasks
+from physformer_core.data.scan import PART_ROWS, Scan
+from physformer_core.data.workers import Progress, one_thread, run_tasks
 from physformer_core.errors import DataError
 from physformer_core.files import atomic_write, sha256_file
 
@@ -23,7 +23,6 @@ CAPTION_SCHEMA = pa.schema(
     [("text", pa.string()), ("length", pa.int16()), ("tokens", pa.binary()), ("pooled", pa.binary())]
 )
 
-_PART_ROWS = 4096
 _RECORD_BATCH_ROWS = 1024
 # Measured with MiniLM on one core, fp32, sorted by length: 300 captions/s in batches of 32, 320 in batches of 128.
 _ENCODE_BATCH = 128
@@ -32,27 +31,23 @@ _ENCODE_BATCH = 128
 @dataclass(frozen=True)
 class _Part:
     path: Path
-    texts: list[str]
-    lengths: list[int]
+    number: int
+    scan: Scan
     encoder: str
+
+    @property
+    def count(self) -> int:
+        return min(PART_ROWS, self.scan.captions - self.number * PART_ROWS)
 
 
 def write_captions(
-    path: Path,
-    texts: Sequence[str],
-    lengths: np.ndarray,
-    encoder: str,
-    *,
-    parts: Path,
-    workers: int,
-    progress: Progress | None,
+    path: Path, scan: Scan, encoder: str, *, parts: Path, workers: int, progress: Progress | None
 ) -> dict[str, Any]:
     """Encodes captions and writes them to one Arrow file: text, length, tokens and pooled (float16 bytes).
 
     Args:
         path: The file to write.
-        texts: Distinct captions, sorted by length (a batch is padded to its longest).
-        lengths: Their tokens.
+        scan: The captions, in the order of their tokens (a batch is padded to its longest).
         encoder: Text encoder, as for `text.load_text_encoder`.
         parts: Folder for finished parts. Those already there must belong to the same captions and encoder, and are
             used. The caller removes them.
@@ -65,21 +60,16 @@ def write_captions(
     Raises:
         DataError: There are no captions.
     """
-    if not texts:
+    if not scan.captions:
         raise DataError("the raw set has no usable caption", hint="raise max_tokens, or look at the captions")
     tasks = [
-        _Part(
-            parts / f"captions-{start // _PART_ROWS:05d}.arrow",
-            list(texts[start : start + _PART_ROWS]),
-            lengths[start : start + _PART_ROWS].tolist(),
-            encoder,
-        )
-        for start in range(0, len(texts), _PART_ROWS)
+        _Part(parts / f"captions-{number:05d}.arrow", number, scan, encoder)
+        for number in range(-(-scan.captions // PART_ROWS))
     ]
     missing = [task for task in tasks if not task.path.is_file()]
-    done = len(texts) - sum(len(task.texts) for task in missing)
+    done = scan.captions - sum(task.count for task in missing)
     try:
-        run_tasks(_encode_part, missing, workers, progress, "captions", done, len(texts))
+        run_tasks(_encode_part, missing, workers, progress, "captions", done, scan.captions)
     finally:
         _encoder.cache_clear()
 
@@ -95,7 +85,7 @@ def write_captions(
         length, tokens, pooled = (first.column(name)[0].as_py() for name in ("length", "tokens", "pooled"))
     return {
         "name": path.name,
-        "count": len(texts),
+        "count": scan.captions,
         "hidden_size": len(tokens) // 2 // length,
         "pooled_size": len(pooled) // 2,
         "bytes": path.stat().st_size,
@@ -104,46 +94,34 @@ def write_captions(
 
 
 def _encode_part(task: _Part, tick: Callable[[int], None]) -> None:
-    with _one_thread():
+    with one_thread():
         _write_part(task, _encoder(task.encoder), tick)
 
 
 def _write_part(task: _Part, encoder: TextEncoder, tick: Callable[[int], None]) -> None:
+    all_texts, all_lengths = task.scan.part(task.number)
     with atomic_write(task.path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
         with pa.ipc.new_file(sink, CAPTION_SCHEMA) as writer:
-            for start in range(0, len(task.texts), _RECORD_BATCH_ROWS):
-                stop = min(start + _RECORD_BATCH_ROWS, len(task.texts))
+            for start in range(0, len(all_texts), _RECORD_BATCH_ROWS):
+                stop = min(start + _RECORD_BATCH_ROWS, len(all_texts))
                 tokens: list[bytes] = []
                 pooled: list[bytes] = []
                 for first in range(start, stop, _ENCODE_BATCH):
-                    texts = task.texts[first : min(first + _ENCODE_BATCH, stop)]
+                    texts = all_texts[first : min(first + _ENCODE_BATCH, stop)]
                     embeddings = encoder.encode(texts)
                     tokens_btd = embeddings.tokens_btd.numpy().astype(np.float16)
                     pooled_bp = embeddings.pooled_bp.numpy().astype(np.float16)
-                    for row, length in enumerate(task.lengths[first : first + len(texts)]):
+                    for row, length in enumerate(all_lengths[first : first + len(texts)]):
                         tokens.append(tokens_btd[row, :length].tobytes())
                         pooled.append(pooled_bp[row].tobytes())
                     tick(len(texts))
-                columns = [task.texts[start:stop], task.lengths[start:stop], tokens, pooled]
+                columns = [all_texts[start:stop], all_lengths[start:stop], tokens, pooled]
                 writer.write_batch(
                     pa.record_batch(
                         [pa.array(column, field.type) for column, field in zip(columns, CAPTION_SCHEMA, strict=True)],
                         schema=CAPTION_SCHEMA,
                     )
                 )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The order of sums, hence the last bit of an embedding, may depend on the number of threads: so always one."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @functools.lru_cache(maxsize=1)

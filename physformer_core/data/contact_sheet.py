@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from physformer_core.data.framing import open_bitmap
+from physformer_core.data.latents import decode_picture
 from physformer_core.data.loader import SHARDS_FORMAT, ShardSet
 from physformer_core.data.preprocess import RAW_FORMAT
 from physformer_core.data.scenes.render import render_svg
@@ -171,7 +172,7 @@ def _shard_exhibits(shards: ShardSet, kind: str, count: int, size: int) -> Itera
     wanted = _spread(shards.count(kind, split), count)
     for group in shards.groups(kind, split):
         for row in wanted[(wanted >= group.first) & (wanted < group.first + group.count)] - group.first:
-            pixels = group.pixels(int(row))
+            pixels = decode_picture(shards.field, group.field(int(row)))
             enlarge = max(1, size // max(pixels.shape[:2]))
             picture = Image.fromarray(np.repeat(np.repeat(pixels, enlarge, 0), enlarge, 1))
             picture.thumbnail((size, size), Image.Resampling.LANCZOS)

@@ -7,12 +7,14 @@ resolution: vector art is rasterised there, a bitmap is averaged over areas once
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse
 from PIL import Image, ImageOps
 
 from physformer_core.data.scenes.render import render_svg
@@ -20,6 +22,7 @@ from physformer_core.errors import DataError
 
 # Windows are compared at a quarter of their size: enough to tell a face from a sky, 16 times less to draw.
 _VARIANCE_SHRINK = 4
+_DENSE_PIXELS = 192
 
 
 class UnusablePicture(Exception):
@@ -35,6 +38,10 @@ class Window:
     left: int
     height: int
     width: int
+
+    def halved(self) -> Window:
+        """The same rectangle one level down. All sides and offsets must be even."""
+        return Window(self.level - 1, self.top // 2, self.left // 2, self.height // 2, self.width // 2)
 
 
 class FramedPicture(ABC):
@@ -155,38 +162,71 @@ class FramedBitmap(FramedPicture):
             (image.width - bucket[1] * self._reduction) * offset[1],
         )
 
+    def variance(self, window: Window) -> float:
+        # Of pixels here and there: their variance is that of all of them, and costs nothing beside the averages of a
+        # small rendering.
+        step, top, left = self._source_of(window)
+        samples = self._image.resize(
+            (window.width // _VARIANCE_SHRINK, window.height // _VARIANCE_SHRINK),
+            Image.Resampling.NEAREST,
+            box=(
+                left,
+                top,
+                min(left + window.width * step, self._image.width),
+                min(top + window.height * step, self._image.height),
+            ),
+        )
+        return float(np.asarray(samples, np.float32).var(axis=(0, 1)).sum())
+
+    def _source_of(self, window: Window) -> tuple[float, float, float]:
+        """(source pixels per pixel of the window's level, at least 1; top and left edge in source pixels)."""
+        step = self._reduction / 2**window.level
+        return step, self._origin[0] + window.top * step, self._origin[1] + window.left * step
+
     def _render(self, window: Window, shrink: int) -> np.ndarray:
-        step = self._reduction / 2**window.level  # source pixels per pixel of this level, at least 1
-        top, left = self._origin[0] + window.top * step, self._origin[1] + window.left * step
-        rows = _overlaps(top, step * shrink, window.height // shrink, self._image.height)
-        columns = _overlaps(left, step * shrink, window.width // shrink, self._image.width)
-        first_row, last_row = rows[0][0], rows[-1][0] + len(rows[-1][1])
-        first, last = columns[0][0], columns[-1][0] + len(columns[-1][1])
-        source = np.asarray(self._image.crop((first, first_row, last, last_row)))
-        across = np.zeros((len(columns), last - first), np.float32)
-        for index, (start, weights) in enumerate(columns):
-            across[index, start - first : start - first + len(weights)] = weights
-        pixels = np.empty((len(rows), len(columns), 3), np.float32)
-        for index, (start, weights) in enumerate(rows):
-            band = source[start - first_row : start - first_row + len(weights)].astype(np.float32)
-            pixels[index] = across @ np.tensordot(weights, band, 1)
-        return np.rint(pixels).astype(np.uint8)
+        step, top, left = self._source_of(window)
+        step *= shrink
+        height, width = window.height // shrink, window.width // shrink
+        if step.is_integer() and top.is_integer() and left.is_integer():
+            whole = int(step)
+            box = (int(left), int(top), int(left) + width * whole, int(top) + height * whole)
+            return np.asarray(self._image.reduce(whole, box) if whole > 1 else self._image.crop(box))
+        first_row, rows = _averages(top, step, height, self._image.height)
+        first, columns = _averages(left, step, width, self._image.width)
+        area = (first, first_row, first + columns.shape[1], first_row + rows.shape[1])
+        source = np.asarray(self._image.crop(area), dtype=np.float32)
+        # Down first, along contiguous rows, then across what is left of it.
+        bands = (rows @ source.reshape(len(source), -1)).reshape(height, -1, 3)
+        pixels = columns @ np.ascontiguousarray(bands.transpose(1, 0, 2)).reshape(bands.shape[1], -1)
+        return np.rint(pixels.reshape(width, height, 3).transpose(1, 0, 2)).astype(np.uint8)
 
 
-def _overlaps(start: float, step: float, count: int, limit: int) -> list[tuple[int, np.ndarray]]:
-    """For each of `count` intervals of length `step` from `start` on: the first source pixel under it, and the
-    fractions of the interval that this one and the next ones cover.
+# Pictures of one size are framed alike, and whole data sets are of one size: most matrices are asked for again.
+@functools.lru_cache(maxsize=256)
+def _averages(start: float, step: float, count: int, limit: int) -> tuple[int, scipy.sparse.csr_array | np.ndarray]:
+    """Averages over `count` intervals of length `step` from `start` on, of pixels that lie side by side.
 
     Pillow's box filter is no substitute: it takes or leaves whole pixels, so at a reduction of 1.3 it only drops some.
+
+    Returns:
+        The first pixel under the intervals, and a matrix [count, pixels under them], float32: the fractions of each
+        interval that the pixels cover.
     """
-    overlaps = []
-    for index in range(count):
-        low, high = start + index * step, min(start + (index + 1) * step, limit)
-        first, last = int(low + 1e-6), max(math.ceil(high - 1e-6), int(low + 1e-6) + 1)
-        pixels = np.arange(first, min(last, limit))
-        covered = np.minimum(pixels + 1, high) - np.maximum(pixels, low)
-        overlaps.append((first, (covered / covered.sum()).astype(np.float32)))
-    return overlaps
+    low = start + step * np.arange(count)
+    high = np.minimum(low + step, limit)
+    first = (low + 1e-6).astype(np.int64)
+    last = np.minimum(np.maximum(np.ceil(high - 1e-6).astype(np.int64), first + 1), limit)
+    taps = first[:, None] + np.arange(int((last - first).max()))
+    covered = np.minimum(taps + 1, high[:, None]) - np.maximum(taps, low[:, None])
+    covered[taps >= last[:, None]] = 0
+    covered /= covered.sum(axis=1, keepdims=True)
+    used = np.nonzero(covered)
+    offset = int(first[0])
+    matrix = scipy.sparse.csr_array(
+        (covered[used].astype(np.float32), (used[0], taps[used] - offset)), shape=(count, int(last[-1]) - offset)
+    )
+    # What scipy looks at before it multiplies takes longer than to multiply by a few zeros.
+    return offset, matrix.toarray() if matrix.shape[1] <= _DENSE_PIXELS else matrix
 
 
 def open_bitmap(encoded: bytes) -> Image.Image:
@@ -198,7 +238,8 @@ def open_bitmap(encoded: bytes) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded))
         image.load()
-        image = ImageOps.exif_transpose(image)
+        if _may_be_turned(image):
+            ImageOps.exif_transpose(image, in_place=True)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnusablePicture("cannot be decoded") from error
     if image.mode.startswith("I;16"):
@@ -207,7 +248,13 @@ def open_bitmap(encoded: bytes) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _may_be_turned(image: Image.Image) -> bool:
+    """Whether there is anything that could say so. To look costs as much as to decode a small picture."""
+    notes = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+    return hasattr(image, "tag_v2") or any(note in image.info for note in notes)
 
 
 def nearest_bucket(height: float, width: float, buckets: tuple[tuple[int, int], ...]) -> tuple[int, int]:
@@ -231,18 +278,20 @@ def choose_window(
     size: int,
     candidates: int,
     variance_fraction: float,
+    grid: int = 8,
 ) -> Window | None:
-    """Draws a level and a window of it, whose offsets are multiples of 8 pixels.
+    """Draws a level and a window of it.
 
     Args:
         picture: The picture.
         rng: Always advanced by as many draws, whatever comes out.
         levels, weights: Levels to draw from and their relative frequencies. Levels beyond the picture's resolution
             are left out.
-        size: Side of the window in pixels, a multiple of 8; a picture that is smaller in one direction is shown
+        size: Side of the window in pixels, a multiple of `grid`; a picture that is smaller in one direction is shown
             whole in that direction.
         candidates: How many windows are drawn.
         variance_fraction: How often the liveliest candidate is kept, instead of the first.
+        grid: The window's offsets are multiples of so many pixels.
 
     Returns:
         The window, or None if the picture has none of the levels.
@@ -263,8 +312,8 @@ def choose_window(
     windows = [
         Window(
             level,
-            8 * int(y * ((full_height - height) // 8 + 1)),
-            8 * int(x * ((full_width - width) // 8 + 1)),
+            grid * int(y * ((full_height - height) // grid + 1)),
+            grid * int(x * ((full_width - width) // grid + 1)),
             height,
             width,
         )

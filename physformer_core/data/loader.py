@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import itertools
 import math
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
+import torch.nn.functional as F
 
+from physformer_core.data.shard_set import SHARDS_FORMAT, Group, ShardSet
 from physformer_core.errors import ConfigError, DataError
-from physformer_core.files import sha256_file
+from physformer_core.flow.pyramid import Pyramid
 
-SHARDS_FORMAT = "physformer-shards/1"
+__all__ = ["SHARDS_FORMAT", "Batch", "BatchStream", "ShardSet"]
 
 # Streams of random numbers that must not meet, even under one seed.
 _PERMUTATION, _ORDER, _DRAWS = 1, 2, 3
 
-_TOKEN_MULTIPLE = 8  # keeps tensor shapes few (compilers) and aligned (kernels)
-_CROP_STEP = 2  # a window's coarse half-size copy must start on a whole pixel
-_CROP_MARGIN = 2  # stored pixels left around a window
+_CROP_STEP = 2  # a window's coarse half-size copy must start on a whole element
+_CROP_MARGIN = 2  # stored elements left around a window: its coarse field is interpolated from them too
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,10 @@ class Batch:
     """One training batch, on the CPU.
 
     Attributes:
-        pixels_bchw: float32 in [-1, 1], [batch, 3, height, width].
+        pixels_bchw: The field: pixels, float32 in [-1, 1], [batch, 3, height, width]; or latents, of about unit
+            variance, [batch, channels, height, width].
+        coarse_bchw: Of crops what the next coarser level knows of the field, upsampled to the same size; None for
+            whole pictures.
         level_b: int64, the level the pictures are of; 0 for whole pictures.
         place_b4: float32 (y0, x0, y1, x1): where they lie in the whole picture, fractions.
         prompt_embeds_btd: float32 [batch, tokens, hidden], tokens a multiple of 8, zeros where the mask is False.
@@ -50,9 +52,11 @@ class Batch:
         indices: int64, rows within the kind and split (for messages, and `ShardSet.example_key`).
         caption_rows: int64, rows of captions.arrow (for messages, and `ShardSet.caption`).
         step: The step it belongs to.
+        first, total: Its first example's place in the step's global batch, and that batch's size.
     """
 
     pixels_bchw: torch.Tensor
+    coarse_bchw: torch.Tensor | None
     level_b: torch.Tensor
     place_b4: torch.Tensor
     prompt_embeds_btd: torch.Tensor
@@ -63,229 +67,37 @@ class Batch:
     indices: torch.Tensor
     caption_rows: torch.Tensor
     step: int
+    first: int
+    total: int
+
+    @property
+    def count(self) -> int:
+        """How many examples it holds."""
+        return self.pixels_bchw.shape[0]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on another device."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        return self._with_tensors(lambda tensor: tensor.to(device))
+
+    def parts(self, number: int) -> list[Batch]:
+        """The batch in ``number`` parts of about the same size, in order.
+
+        Raises:
+            ValueError: There are fewer examples than parts.
+        """
+        if not 1 <= number <= self.count:
+            raise ValueError(f"{self.count} examples do not make {number} parts")
+        bounds = [self.count * index // number for index in range(number + 1)]
+        return [
+            dataclasses.replace(self._with_tensors(lambda tensor, s=slice(a, b): tensor[s]), first=self.first + a)  # type: ignore[misc]
+            for a, b in itertools.pairwise(bounds)
+        ]
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
-        return dataclasses.replace(self, **moved)
-
-
-class _Arrow:
-    """A memory-mapped Arrow IPC file. Columns are views of the map: nothing is read before it is touched."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            self.batches = [self._reader.get_batch(index) for index in range(self._reader.num_record_batches)]
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(
-                f"cannot read {path}: {error}", hint="run the preprocessing again: it mends sets"
-            ) from error
-        self.starts = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
-
-    @property
-    def count(self) -> int:
-        return int(self.starts[-1])
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """(record batch, row in it)."""
-        index = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return index, row - int(self.starts[index])
-
-    def text(self, name: str, row: int) -> str:
-        index, inside = self.locate(row)
-        return str(self.batches[index].column(name)[inside].as_py())
-
-    def numbers(self, name: str, missing: int | None = None) -> np.ndarray:
-        """A small fixed-width column, whole; nulls become `missing`."""
-        parts = [batch.column(name) for batch in self.batches]
-        if missing is not None:
-            parts = [part.fill_null(missing) for part in parts]
-        return np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts])
-
-
-class _BinaryColumn:
-    """Values of a binary column of a mapped file, as numpy views."""
-
-    def __init__(self, arrow: _Arrow, name: str, dtype: type[np.generic]) -> None:
-        self._arrow = arrow
-        self._dtype = np.dtype(dtype)
-        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
-        for batch in arrow.batches:
-            column = batch.column(name)
-            _, offsets, data = column.buffers()
-            self._parts.append((np.frombuffer(offsets, np.int32)[column.offset :], np.frombuffer(data, np.uint8)))
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        index, inside = self._arrow.locate(row)
-        offsets, data = self._parts[index]
-        return data[offsets[inside] : offsets[inside + 1]].view(self._dtype)
-
-
-class _Group:
-    """All shards of one stored size: examples that can stand in one batch."""
-
-    def __init__(
-        self, folder: Path, kind: str, size: tuple[int, int], entries: list[dict[str, Any]], first: int
-    ) -> None:
-        self.kind = kind
-        self.size = size
-        self.first = first  # row of the group's first example within the kind
-        self.files = [_Arrow(folder / entry["name"]) for entry in entries]
-        self.starts = np.cumsum([0, *(file.count for file in self.files)])
-        for file, entry in zip(self.files, entries, strict=True):
-            if file.count != entry["count"]:
-                raise DataError(f"{folder / entry['name']} has {file.count} examples, not {entry['count']}")
-        self._pixels = [[self._view(batch.column("pixels")) for batch in file.batches] for file in self.files]
-        self.class_label = np.concatenate([file.numbers("class_label", -1) for file in self.files])
-        lists = [batch.column("captions") for file in self.files for batch in file.batches]
-        self.caption_rows = np.concatenate([part.flatten().to_numpy() for part in lists])
-        counts = np.concatenate([part.value_lengths().to_numpy() for part in lists])
-        self.caption_starts = np.concatenate([[0], np.cumsum(counts)])
-        if kind == "crop":
-            self.level = np.concatenate([file.numbers("level") for file in self.files])
-            places = [batch.column("place").flatten().to_numpy() for file in self.files for batch in file.batches]
-            self.place = np.concatenate(places).reshape(-1, 4)
-        else:
-            self.level = np.zeros(self.count, np.int8)
-            self.place = np.tile(np.array([0, 0, 1, 1], np.float32), (self.count, 1))
-
-    @property
-    def count(self) -> int:
-        return int(self.starts[-1])
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """(file, row in it)."""
-        index = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return index, row - int(self.starts[index])
-
-    def pixels(self, row: int) -> np.ndarray:
-        """A view of one picture in the memory map: uint8 [height, width, 3]."""
-        index, inside = self.locate(row)
-        part, inside = self.files[index].locate(inside)
-        return self._pixels[index][part][inside]
-
-    def _view(self, column: pa.FixedSizeBinaryArray) -> np.ndarray:
-        height, width = self.size
-        flat = np.frombuffer(column.buffers()[1], np.uint8)
-        return flat.reshape(-1, height, width, 3)[column.offset : column.offset + len(column)]
-
-
-class ShardSet:
-    """A preprocessed set, opened for reading. Files are mapped, not read.
-
-    Args:
-        folder: Where it is.
-        verify: Also compare every file's SHA-256 with the manifest's (reads everything once).
-
-    Attributes:
-        manifest: As `preprocess` wrote it.
-        hidden_size, pooled_size, max_tokens: Of the text embeddings.
-
-    Raises:
-        DataError: It is not a preprocessed set, not a finished one, or damaged.
-    """
-
-    def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
-        self.folder = Path(folder)
-        self.manifest = self._read_manifest()
-        entries = [*self.manifest["shards"], self.manifest["captions"]]
-        for entry in entries:
-            path = self.folder / entry["name"]
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise DataError(
-                    f"{path} is {'cut short' if path.is_file() else 'missing'}",
-                    hint="run the same preprocessing again: it makes only what is missing",
-                )
-            if verify and sha256_file(path) != entry["sha256"]:
-                raise DataError(f"{path} is damaged", hint="delete it and run the same preprocessing again")
-        captions = self.manifest["captions"]
-        self.hidden_size: int = captions["hidden_size"]
-        self.pooled_size: int = captions["pooled_size"]
-        self.max_tokens: int = captions["max_tokens"]
-        self._captions = _Arrow(self.folder / captions["name"])
-        self._tokens = _BinaryColumn(self._captions, "tokens", np.float16)
-        self._pooled = _BinaryColumn(self._captions, "pooled", np.float16)
-
-    @property
-    def key(self) -> str:
-        """Identifies configuration, source and encoder."""
-        return str(self.manifest["key"])
-
-    @property
-    def encoder(self) -> dict[str, str]:
-        """Name and sha256 of the text encoder that the captions were read by."""
-        return dict(self.manifest["captions"]["encoder"])
-
-    def count(self, kind: str, split: str = "train") -> int:
-        """Examples of a kind ("base" or "crop") in a split ("train" or "validation")."""
-        return sum(entry["count"] for entry in self._entries(kind, split))
-
-    def sizes(self, kind: str, split: str = "train") -> list[tuple[int, int]]:
-        """Stored (height, width) of a kind, sorted."""
-        return sorted({(entry["height"], entry["width"]) for entry in self._entries(kind, split)})
-
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - a set lives as long as the process
-    def groups(self, kind: str, split: str) -> tuple[_Group, ...]:
-        """Examples by stored size, in the order of `sizes`."""
-        groups: list[_Group] = []
-        first = 0
-        for size in self.sizes(kind, split):
-            entries = [e for e in self._entries(kind, split) if (e["height"], e["width"]) == size]
-            groups.append(_Group(self.folder, kind, size, entries, first))
-            first += groups[-1].count
-        return tuple(groups)
-
-    def example_key(self, kind: str, index: int, split: str = "train") -> str:
-        """The raw set's key of an example, by a batch's `indices`."""
-        for group in self.groups(kind, split):
-            if index < group.first + group.count:
-                file, row = group.locate(index - group.first)
-                return group.files[file].text("key", row)
-        raise IndexError(f"no {kind} example {index} in {self.folder}")
-
-    def caption(self, row: int) -> str:
-        """A caption's text, by a batch's `caption_rows`."""
-        return self._captions.text("text", row)
-
-    def embeddings(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens [batch, tokens, hidden] (a multiple of 8, zero-padded), mask and pooled vectors of caption rows."""
-        tokens = [self._tokens[row].reshape(-1, self.hidden_size) for row in rows.tolist()]
-        longest = max(len(value) for value in tokens)
-        padded = _TOKEN_MULTIPLE * math.ceil(longest / _TOKEN_MULTIPLE)
-        tokens_btd = np.zeros((len(rows), padded, self.hidden_size), np.float16)
-        mask_bt = np.zeros((len(rows), padded), np.bool_)
-        for index, value in enumerate(tokens):
-            tokens_btd[index, : len(value)] = value
-            mask_bt[index, : len(value)] = True
-        pooled_bp = np.stack([self._pooled[row] for row in rows.tolist()])
-        return torch.from_numpy(tokens_btd).float(), torch.from_numpy(mask_bt), torch.from_numpy(pooled_bp).float()
-
-    def _entries(self, kind: str, split: str) -> list[dict[str, Any]]:
-        return [e for e in self.manifest["shards"] if e["kind"] == kind and e["split"] == split]
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / "manifest.json"
-        if not path.is_file():
-            partial = (self.folder / ".partial").is_dir()
-            raise DataError(
-                f"{self.folder} {'is a set that was not finished' if partial else 'has no manifest.json'}",
-                hint="run the preprocessing again: what is finished is kept"
-                if partial
-                else "make a set first: physformer data preprocess",
-            )
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != SHARDS_FORMAT:
-            raise DataError(
-                f"{path} is not of the format {SHARDS_FORMAT}",
-                hint="if it is a raw set, preprocess it first: physformer data preprocess",
-            )
-        return manifest
+        return dataclasses.replace(self, **changed)
 
 
 class _KindStream:
@@ -346,12 +158,12 @@ class BatchStream:
     Args:
         shards: The set.
         seed: Decides order, captions and windows.
-        batch_size: Examples per rank and step.
+        batch_size: Examples per step, over all ranks.
         crop_fraction: Fraction of steps that are crops of finer levels, [0, 1]; the others are whole pictures.
         crop_size: Side of the window taken from a stored crop, in pixels, an even number; None takes crops whole.
         split: "train" or "validation".
-        rank, world_size: Which part of each global batch of `batch_size * world_size` this process gets. All ranks
-            get the same kind and size at a step.
+        rank, world_size: Which part of each batch this process gets; where the ranks do not divide it, parts differ
+            by one example. All ranks get the same kind and size at a step.
         start_step: Where iteration begins.
         prefetch: Batches that a thread makes ahead while iterating; 0 makes them when asked.
 
@@ -380,6 +192,11 @@ class BatchStream:
             raise ConfigError(f"crop_fraction must be from 0 to 1, not {crop_fraction}")
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} is not one of {world_size}")
+        if batch_size < world_size:
+            raise ConfigError(
+                f"a batch of {batch_size} cannot be divided over {world_size} processes",
+                hint="raise --batch-size, or start fewer processes",
+            )
         if split not in ("train", "validation"):
             raise ConfigError(f'split must be "train" or "validation", not {split!r}')
         self.shards = shards
@@ -391,13 +208,13 @@ class BatchStream:
         self._split = split
         self._rank, self._world_size = rank, world_size
         self._prefetch = prefetch
-        self._streams: dict[str, tuple[list[list[_Group]], _KindStream]] = {}
+        self._streams: dict[str, tuple[list[list[Group]], _KindStream]] = {}
         for number, kind in enumerate(("base", "crop")):
             if crop_fraction == (1.0, 0.0)[number]:
                 continue
             merged = self._merge(kind, shards.groups(kind, split))
             counts = [sum(group.count for group in groups) for groups in merged]
-            stream = _KindStream(counts, batch_size * world_size, seed, number)
+            stream = _KindStream(counts, batch_size, seed, number)
             self._streams[kind] = (merged, stream)
 
     def kind(self, step: int) -> str:
@@ -417,8 +234,9 @@ class BatchStream:
         bucket, rows = stream.rows(crops_before if kind == "crop" else step - crops_before)
         # Drawn for the global batch, so that it is the same however many ranks share it.
         draws = np.random.default_rng((_DRAWS, self._seed, step)).random((len(rows), 3))
-        mine = slice(self._rank * self.batch_size, (self._rank + 1) * self.batch_size)
-        return self._gather(kind, step, merged[bucket], rows[mine], draws[mine])
+        first, last = (self.batch_size * rank // self._world_size for rank in (self._rank, self._rank + 1))
+        mine = slice(first, last)
+        return self._gather(kind, step, merged[bucket], rows[mine], draws[mine], first)
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches from a step on, without end; a thread makes the next ones meanwhile."""
@@ -443,7 +261,7 @@ class BatchStream:
     def __iter__(self) -> Iterator[Batch]:
         return self.iterate(self.start_step)
 
-    def _merge(self, kind: str, groups: tuple[_Group, ...]) -> list[list[_Group]]:
+    def _merge(self, kind: str, groups: tuple[Group, ...]) -> list[list[Group]]:
         """Groups that can share a batch: those of one size, and all crops when windows of one size are taken."""
         if not groups:
             raise DataError(
@@ -463,12 +281,19 @@ class BatchStream:
             )
         return [list(groups)]
 
-    def _gather(self, kind: str, step: int, groups: list[_Group], rows: np.ndarray, draws: np.ndarray) -> Batch:
+    def _gather(
+        self, kind: str, step: int, groups: list[Group], rows: np.ndarray, draws: np.ndarray, first_row: int
+    ) -> Batch:
         starts = np.cumsum([0, *(group.count for group in groups)])
         height, width = groups[0].size
         if kind == "crop" and self._crop_size is not None:
             height = width = self._crop_size
-        pixels_bhwc = np.empty((len(rows), height, width, 3), np.uint8)
+        spec, margin = self.shards.field, 0 if kind == "base" else _CROP_MARGIN
+        framed = (height + 2 * margin, width + 2 * margin)
+        field_bhwc = np.empty((len(rows), *framed, spec.channels), spec.dtype)
+        half_bhwc = None
+        if kind == "crop" and not spec.is_pixels:
+            half_bhwc = np.empty((len(rows), framed[0] // 2, framed[1] // 2, spec.channels), spec.dtype)
         place_b4 = np.empty((len(rows), 4), np.float64)
         level_b, class_b, indices_b, captions_b = (np.empty(len(rows), np.int64) for _ in range(4))
         for i, (row, (caption, y, x)) in enumerate(zip(rows.tolist(), draws.tolist(), strict=True)):
@@ -476,7 +301,10 @@ class BatchStream:
             group, inside = groups[which], row - int(starts[which])
             stored_height, stored_width = group.size
             top, left = _offset(stored_height, height, y), _offset(stored_width, width, x)
-            pixels_bhwc[i] = group.pixels(inside)[top : top + height, left : left + width]
+            field_bhwc[i] = _window(group.field(inside), top - margin, left - margin, *framed)
+            if half_bhwc is not None:
+                corner = (top - margin) // 2, (left - margin) // 2
+                half_bhwc[i] = _window(group.coarse(inside), *corner, framed[0] // 2, framed[1] // 2)
             y0, x0, y1, x1 = group.place[inside].tolist()
             row_step, column_step = (y1 - y0) / stored_height, (x1 - x0) / stored_width
             place_b4[i] = (
@@ -490,11 +318,18 @@ class BatchStream:
             captions_b[i] = group.caption_rows[first + int(caption * (last - first))]
             indices_b[i] = group.first + inside
         tokens_btd, mask_bt, pooled_bp = self.shards.embeddings(captions_b)
-        pixels_bchw = (
-            torch.from_numpy(pixels_bhwc).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        )
+        field_bchw = _channels_first(field_bhwc)
+        if spec.is_pixels:
+            field_bchw = field_bchw.mul_(2 / 255).sub_(1)
+        coarse_bchw = None
+        if kind == "crop":
+            half_bchw = F.avg_pool2d(field_bchw, 2) if half_bhwc is None else _channels_first(half_bhwc)
+            inner = (..., slice(margin, -margin), slice(margin, -margin))
+            coarse_bchw = Pyramid.upsample(half_bchw)[inner].contiguous()
+            field_bchw = field_bchw[inner].contiguous()
         return Batch(
-            pixels_bchw=pixels_bchw.mul_(2 / 255).sub_(1),
+            pixels_bchw=field_bchw,
+            coarse_bchw=coarse_bchw,
             level_b=torch.from_numpy(level_b),
             place_b4=torch.from_numpy(place_b4).float(),
             prompt_embeds_btd=tokens_btd,
@@ -505,6 +340,8 @@ class BatchStream:
             indices=torch.from_numpy(indices_b),
             caption_rows=torch.from_numpy(captions_b),
             step=step,
+            first=first_row,
+            total=self.batch_size,
         )
 
 
@@ -514,3 +351,25 @@ def _offset(stored: int, wanted: int, draw: float) -> int:
         return 0
     choices = (stored - wanted - 2 * _CROP_MARGIN) // _CROP_STEP + 1
     return _CROP_MARGIN + _CROP_STEP * int(draw * choices)
+
+
+def _window(stored: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """A window of a stored field; where it reaches beyond, the field is mirrored.
+
+    A mirrored pair of elements has the mean of the pair at the edge: so the coarse field is extended by its own edge,
+    which is what upsampling does at the edge of a picture.
+    """
+    bottom, right = top + height, left + width
+    inner = stored[max(0, top) : bottom, max(0, left) : right]
+    if inner.shape[:2] == (height, width):
+        return inner
+    beyond = (
+        (max(0, -top), max(0, bottom - stored.shape[0])),
+        (max(0, -left), max(0, right - stored.shape[1])),
+        (0, 0),
+    )
+    return np.pad(inner, beyond, mode="symmetric")
+
+
+def _channels_first(field_bhwc: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(field_bhwc).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)

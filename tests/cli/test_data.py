@@ -148,7 +148,7 @@ def test_show_shows_the_pictures_of_the_set(scene_set):
     shards = ShardSet(scene_set)
     group = shards.groups("base", "train")[0]
     first = exhibits(scene_set, 4, kind="base", size=4 * max(group.size))[0]
-    assert (np.asarray(first.picture)[::4, ::4] == group.pixels(0)).all()
+    assert (np.asarray(first.picture)[::4, ::4] == group.field(0)).all()
     assert first.caption == shards.caption(int(group.caption_rows[0]))
 
 

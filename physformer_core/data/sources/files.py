@@ -1,10 +1,13 @@
-"""Which files a location means: a file, a folder of them, or a pattern."""
+"""Which files a location means (a file, a folder of them, or a pattern), what they are called, and what tells them from
+others."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from physformer_core.errors import DataError
@@ -12,6 +15,42 @@ from physformer_core.errors import DataError
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _REMOTE = re.compile(r"(?:[a-z][a-z0-9+.-]*://|pipe:|hf:)", re.IGNORECASE)
+
+
+class FileList:
+    """Files that are read one after the other.
+
+    Args:
+        files: At least one.
+
+    Attributes:
+        files: In order.
+        fingerprint: Of their names and sizes.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+        self.fingerprint = fingerprint((file.name, file.stat().st_size) for file in files)
+        self._root = os.path.commonpath([str(file.parent) for file in files])
+
+    def name(self, file: Path) -> str:
+        """What examples of a file are named after: its path below the folder that holds all of them."""
+        return printable(file.relative_to(self._root).as_posix())
+
+
+def fingerprint(files: Iterable[tuple[str, int]], contents: Iterable[bytes] = ()) -> str:
+    """Hash of the names and sizes of files, and of the contents of some, by which a change is noticed."""
+    digest = hashlib.sha256()
+    for name, size in files:
+        digest.update(os.fsencode(f"{name}\0{size}\0"))
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def printable(name: str) -> str:
+    """A file's name as UTF-8 text, whatever bytes it has on the disk."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def find_files(location: str, suffixes: tuple[str, ...], *, what: str) -> list[Path]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from physformer_core.data.sources.base import PICTURE_SUFFIXES, Candidate, Origin, Part, Reader, cut
+from physformer_core.data.sources.files import fingerprint, printable
 from physformer_core.errors import ConfigError, DataError
 
 CAPTION_STYLES = ("auto", "text", "metadata", "classes")
@@ -118,20 +119,16 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def printable(name: str) -> str:
-    """A file's name as UTF-8 text, whatever bytes it has on the disk."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
 def _survey(root: Path) -> _Survey:
-    digest = hashlib.sha256()
     pictures = captioned = outside = 0
     classes: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
-    for inside, entries in _walk(root):
+
+    def count(inside: str, entries: Sequence[os.DirEntry[str]]) -> Iterator[tuple[str, int]]:
+        nonlocal pictures, captioned, outside
         texts = {_stem(entry.name) for entry in entries if entry.name.endswith(".txt")}
         for entry in entries:
-            digest.update(os.fsencode(f"{inside}{entry.name}\0{entry.stat().st_size}\0"))
+            yield f"{inside}{entry.name}", entry.stat().st_size
             suffix = _suffix(entry.name)
             if suffix in PICTURE_SUFFIXES:
                 pictures += 1
@@ -142,10 +139,11 @@ def _survey(root: Path) -> _Survey:
                     outside += 1
             elif suffix != "txt" and (inside or entry.name not in METADATA_FILES):
                 ignored[printable(suffix) or "no suffix"] += 1
-    for name in METADATA_FILES:
-        if (root / name).is_file():
-            digest.update((root / name).read_bytes())
-    return _Survey(pictures, captioned, outside, classes, dict(ignored), digest.hexdigest())
+
+    files = itertools.chain.from_iterable(itertools.starmap(count, _walk(root)))
+    metadata = (path.read_bytes() for name in METADATA_FILES if (path := root / name).is_file())
+    digest = fingerprint(files, metadata)
+    return _Survey(pictures, captioned, outside, classes, dict(ignored), digest)
 
 
 def _style(root: Path, survey: _Survey, wanted: str) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from physformer_core.data.sources.base import Candidate, Origin, Part, Reader, StreamedPart, cut
+from physformer_core.data.sources.files import fingerprint
 from physformer_core.data.sources.rows import Columns, choose_columns
 from physformer_core.errors import ConfigError, DataError, PhysFormerError
 
@@ -156,21 +156,21 @@ def _where(row: Mapping[str, Any], number: int) -> str:
 
 def _folder_state(folder: Path) -> tuple[str, str | None]:
     """(hash of names and sizes, licence) of a local repository."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        inside = path.relative_to(folder)
-        if not any(part.startswith(".") for part in inside.parts):
-            digest.update(os.fsencode(f"{inside.as_posix()}\0{path.stat().st_size}\0"))
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    inside = ((path.relative_to(folder), path.stat().st_size) for path in paths)
+    state = fingerprint(
+        (name.as_posix(), size) for name, size in inside if not any(part.startswith(".") for part in name.parts)
+    )
     card = folder / "README.md"
     if not card.is_file():
-        return digest.hexdigest(), None
+        return state, None
     from huggingface_hub import DatasetCard
 
     try:
         licenses = DatasetCard.load(card).data.license
     except ValueError as error:
         raise DataError(f"cannot read the card {card}: {error}", hint="correct the YAML at its beginning") from error
-    return digest.hexdigest(), _license_text(licenses)
+    return state, _license_text(licenses)
 
 
 def _hub_state(name: str, revision: str | None) -> tuple[str, str | None]:

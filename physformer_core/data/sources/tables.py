@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from physformer_core.data.sources.base import Candidate, Origin, Part, Reader, StreamedPart, cut
-from physformer_core.data.sources.files import find_files
-from physformer_core.data.sources.folder import printable
+from physformer_core.data.sources.files import FileList, find_files
 from physformer_core.data.sources.rows import Columns, choose_columns
 from physformer_core.errors import DataError
 
@@ -47,21 +44,18 @@ def open_tables(
         ConfigError: A column is not there.
         DataError: There are no such files, or one cannot be read.
     """
-    files = find_files(location, SUFFIXES, what="Parquet or Arrow files")
-    tables = [_Table(file) for file in files]
-    digest = hashlib.sha256()
-    for file, table in zip(files, tables, strict=True):
-        digest.update(os.fsencode(f"{file.name}\0{file.stat().st_size}\0{table.rows}\0"))
+    files = FileList(find_files(location, SUFFIXES, what="Parquet or Arrow files"))
+    tables = [_Table(file) for file in files.files]
     first = next((row for table in tables for row in table.read(0)), None)
     if first is None:
         raise DataError(f"{location} has no rows")
     columns = choose_columns(
-        first, image=image_column, captions=caption_column, label=label_column, where=str(files[0])
+        first, image=image_column, captions=caption_column, label=label_column, where=str(files.files[0])
     )
     origin = Origin(
         name="parquet",
         location=location,
-        fingerprint=digest.hexdigest(),
+        fingerprint=files.fingerprint,
         options={
             "image_column": columns.image,
             "caption_column": list(columns.captions),
@@ -70,20 +64,21 @@ def open_tables(
         },
         license=license,
     )
-    return TableReader(origin, tables, columns, limit)
+    return TableReader(origin, files, tables, columns, limit)
 
 
 class TableReader(Reader):
     """Rows of files, one file after the other. This process reads them, a few dozen at a time."""
 
-    def __init__(self, origin: Origin, tables: Sequence[_Table], columns: Columns, limit: int | None) -> None:
+    def __init__(
+        self, origin: Origin, files: FileList, tables: Sequence[_Table], columns: Columns, limit: int | None
+    ) -> None:
         self.origin = origin
+        self._files = files
         self._tables = tables
         self._columns = columns
         self._rows = sum(table.rows for table in tables)
         self._limit = limit
-        parents = {str(table.file.parent) for table in tables}
-        self._root = Path(os.path.commonpath(list(parents)))
 
     def count(self) -> int | None:
         return self._rows if self._limit is None else min(self._rows, self._limit)
@@ -103,7 +98,7 @@ class TableReader(Reader):
             if number + table.rows <= start:
                 number += table.rows
                 continue
-            name = printable(table.file.relative_to(self._root).as_posix())
+            name = self._files.name(table.file)
             inside = max(0, start - number)
             for offset, row in enumerate(table.read(inside, wanted), start=inside):
                 if number + offset >= stop:

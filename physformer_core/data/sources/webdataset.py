@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -12,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from physformer_core.data.sources.base import PICTURE_SUFFIXES, Candidate, Origin, Part, Reader, cut
-from physformer_core.data.sources.files import find_files
-from physformer_core.data.sources.folder import printable
+from physformer_core.data.sources.files import FileList, find_files, printable
 from physformer_core.data.sources.rows import CAPTION_NAMES, field
 from physformer_core.errors import DataError
 
@@ -46,14 +43,11 @@ def open_webdataset(
     Raises:
         DataError: There are no such files.
     """
-    files = find_files(location, SUFFIXES, what="tars")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(os.fsencode(f"{file.name}\0{file.stat().st_size}\0"))
+    files = FileList(find_files(location, SUFFIXES, what="tars"))
     origin = Origin(
         name="webdataset",
         location=location,
-        fingerprint=digest.hexdigest(),
+        fingerprint=files.fingerprint,
         options={
             "image_column": image_column,
             "caption_column": list(caption_column) or None,
@@ -143,13 +137,11 @@ class _TarPart(Part):
 class WebDatasetReader(Reader):
     """Tars, one after the other; each is read once for its table of contents, and its pictures by the workers."""
 
-    def __init__(self, origin: Origin, files: Sequence[Path], fields: _Fields, limit: int | None) -> None:
+    def __init__(self, origin: Origin, files: FileList, fields: _Fields, limit: int | None) -> None:
         self.origin = origin
         self._files = files
         self._fields = fields
         self._limit = limit
-        roots = {file.parent for file in files}
-        self._root = Path(os.path.commonpath([str(root) for root in roots]))
 
     def count(self) -> int | None:
         return None
@@ -158,8 +150,8 @@ class WebDatasetReader(Reader):
         # Where a tar begins in the numbering of parts only its predecessors tell, so a position names the next place.
         start = position or {"file": 0, "example": 0, "seen": 0}
         seen = start["seen"]
-        for number in range(start["file"], len(self._files)):
-            file = self._files[number]
+        for number in range(start["file"], len(self._files.files)):
+            file = self._files.files[number]
             places = _contents(file)
             skip = start["example"] if number == start["file"] else 0
             parts = list(cut(places, lambda place: place.size))
@@ -175,8 +167,7 @@ class WebDatasetReader(Reader):
                 seen += len(part)
                 last = index == len(parts) - 1
                 following = {"file": number + last, "example": 0 if last else example, "seen": seen}
-                name = printable(file.relative_to(self._root).as_posix())
-                yield _TarPart(file, name, tuple(part), self._fields, following)
+                yield _TarPart(file, self._files.name(file), tuple(part), self._fields, following)
 
 
 def _split_name(name: str) -> tuple[str, str] | None:

@@ -104,7 +104,7 @@ def config() -> PreprocessConfig:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every raw file gets shards of its own, as in a set of many thousands."""
-    monkeypatch.setattr("physformer_core.data.preprocess._MIN_CHUNK_ROWS", 20)
+    monkeypatch.setattr("physformer_core.data.shards._MIN_SHARD_ROWS", 20)
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +112,7 @@ def shard_folder(raw_set: Path, config: PreprocessConfig, tmp_path_factory: pyte
     """The raw set, preprocessed in this process. Not to be changed."""
     folder = tmp_path_factory.mktemp("sets") / "shards"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("physformer_core.data.preprocess._MIN_CHUNK_ROWS", 20)
+        patch.setattr("physformer_core.data.shards._MIN_SHARD_ROWS", 20)
         preprocess(raw_set, folder, config=config)
     return folder
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import pyarrow as pa
 import pytest
 import torch
 
+from physformer_core.data import framing
 from physformer_core.data.loader import Batch, BatchStream, ShardSet, _KindStream
+from physformer_core.data.preprocess import PreprocessConfig, preprocess
 from physformer_core.errors import ConfigError, DataError
+from physformer_core.flow.pyramid import Pyramid
 from physformer_core.text import load_text_encoder
 
 OPTIONS: dict[str, Any] = {"seed": 5, "batch_size": 4, "crop_fraction": 0.5}
@@ -112,6 +117,36 @@ def test_pixels_and_places_are_those_of_the_shard(shards: ShardSet, shard_folder
     assert len(offsets) > 20
 
 
+def test_a_crops_coarse_field_is_that_of_the_whole_picture(
+    tmp_path: Path, raw_writer: Callable[..., Path], make_bitmap: Callable[..., dict[str, Any]]
+) -> None:
+    # Pictures that are their own level 2, so that the whole field of every crop is known.
+    rows = [make_bitmap(i, 256, 256) for i in range(8)]
+    config = PreprocessConfig(levels=(2,), level_weights=(1,), validation_fraction=0, buckets=((64, 64),))
+    preprocess(raw_writer(tmp_path / "raw", [rows]), tmp_path / "set", config=config)
+    shards = ShardSet(tmp_path / "set")
+    pixels = {row["key"]: torch.from_numpy(np.array(framing.open_bitmap(row["image"]))) for row in rows}
+    whole = {key: picture.permute(2, 0, 1)[None].float() / 127.5 - 1 for key, picture in pixels.items()}
+    stream = BatchStream(shards, seed=1, batch_size=8, crop_fraction=1.0, crop_size=64)
+    for step in range(6):
+        batch = stream.batch(step)
+        assert batch.coarse_bchw is not None
+        for i in range(8):
+            picture = whole[shards.example_key("crop", int(batch.indices[i]))]
+            top, left = (round(float(batch.place_b4[i, axis]) * 256) for axis in (0, 1))
+            window = (0, slice(None), slice(top, top + 64), slice(left, left + 64))
+            assert torch.allclose(picture[window], batch.pixels_bchw[i], atol=1e-6)
+            assert torch.allclose(Pyramid.blur(picture)[window], batch.coarse_bchw[i], atol=1e-5)
+
+
+def test_the_coarse_field_of_a_crop_that_is_taken_whole(shards: ShardSet) -> None:
+    stream = BatchStream(shards, **{**OPTIONS, "crop_fraction": 1.0, "crop_size": None, "batch_size": 2})
+    for step in range(10):
+        batch = stream.batch(step)
+        assert batch.coarse_bchw is not None
+        assert torch.allclose(Pyramid.blur(batch.pixels_bchw), batch.coarse_bchw, atol=1e-5)
+
+
 def test_crops_can_be_taken_whole(shards: ShardSet) -> None:
     stream = BatchStream(shards, **{**OPTIONS, "crop_fraction": 1.0, "crop_size": None, "batch_size": 2})
     sizes = {tuple(stream.batch(step).pixels_bchw.shape[2:]) for step in range(40)}
@@ -192,12 +227,56 @@ def test_epochs_are_shuffled_anew() -> None:
 
 def test_ranks_share_the_global_batch(shards: ShardSet) -> None:
     whole = BatchStream(shards, **{**OPTIONS, "batch_size": 6})
-    ranks = [BatchStream(shards, **{**OPTIONS, "batch_size": 2}, rank=rank, world_size=3) for rank in range(3)]
+    ranks = [BatchStream(shards, **{**OPTIONS, "batch_size": 6}, rank=rank, world_size=3) for rank in range(3)]
     for step in range(12):
         expected, parts = whole.batch(step), [stream.batch(step) for stream in ranks]
         for name in ("pixels_bchw", "place_b4", "level_b", "indices", "caption_rows", "pooled_bp"):
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(expected, name)), name
         assert {part.kind for part in parts} == {expected.kind}
+
+
+@pytest.mark.parametrize("kind", ["base", "crop"])
+def test_no_example_is_lost_or_repeated_when_ranks_change(shards: ShardSet, shard_folder: Path, kind: str) -> None:
+    """Three resumes in an epoch, each in a new process's stream, with other numbers of ranks."""
+    options = {"seed": 2, "batch_size": 6, "crop_fraction": 1.0 if kind == "crop" else 0.0}
+    straight = BatchStream(shards, **options)
+    epochs = 6
+    steps = math.ceil(epochs * straight.steps_per_epoch(kind))
+    seen: list[int] = []
+    worlds = [1, 3, 2, 1, 2, 3]
+    for number, world in enumerate(worlds):
+        first, last = steps * number // len(worlds), steps * (number + 1) // len(worlds)
+        resumed = ShardSet(shard_folder)
+        ranks = [BatchStream(resumed, **options, rank=rank, world_size=world).iterate(first) for rank in range(world)]
+        for step in range(first, last):
+            parts = [next(rank) for rank in ranks]
+            together = torch.cat([part.indices for part in parts])
+            expected = straight.batch(step)
+            assert torch.equal(together, expected.indices)
+            assert torch.equal(torch.cat([part.caption_rows for part in parts]), expected.caption_rows), (
+                "the same pictures met other captions"
+            )
+            seen += together.tolist()
+        for rank in ranks:
+            rank.close()
+    # Of each size every example comes once before any comes again: so counts differ by one at most, also mid-way.
+    times = Counter(seen)
+    for group in shards.groups(kind, "train"):
+        counts = [times[group.first + row] for row in range(group.count)]
+        assert max(counts) - min(counts) <= (1 if kind == "base" else 2) and min(counts) >= epochs - 2
+    assert sum(times.values()) == 6 * steps
+
+
+def test_ranks_that_do_not_divide_a_batch_and_parts_of_their_shares(shards: ShardSet) -> None:
+    whole = BatchStream(shards, **{**OPTIONS, "batch_size": 8}).batch(3)
+    shares = [BatchStream(shards, **{**OPTIONS, "batch_size": 8}, rank=r, world_size=3).batch(3) for r in range(3)]
+    assert [share.count for share in shares] == [2, 3, 3] and {share.total for share in shares} == {8}
+    parts = [part for share in shares for part in share.parts(2)]
+    assert [(part.first, part.count) for part in parts] == [(0, 1), (1, 1), (2, 1), (3, 2), (5, 1), (6, 2)]
+    assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices)
+    assert torch.equal(torch.cat([part.pixels_bchw for part in parts]), whole.pixels_bchw)
+    with pytest.raises(ValueError, match="2 examples do not make 3 parts"):
+        shares[0].parts(3)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 1 / 3, 0.65, 1.0])
@@ -214,6 +293,7 @@ def test_what_cannot_be_given_is_refused(shards: ShardSet, shard_folder: Path, r
         ({"crop_size": 63}, "even number"),
         ({"crop_fraction": 1.5}, "from 0 to 1"),
         ({"rank": 2, "world_size": 2}, "not one of 2"),
+        ({"batch_size": 1, "world_size": 2}, "cannot be divided over 2 processes"),
         ({"split": "test"}, "validation"),
         ({"batch_size": 0}, "at least 1"),
     ):

@@ -6,6 +6,9 @@ import dataclasses
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import pytest
 from PIL import Image
 
 from physformer_core.data import framing
+from physformer_core.data.inspection import inspect_raw_set
 from physformer_core.data.preprocess import PreprocessConfig, preprocess
 from physformer_core.data.scenes import render_svg
 from physformer_core.errors import ConfigError, DataError
@@ -97,6 +101,57 @@ def test_an_interrupted_run_goes_on(
     preprocess(raw_set, tmp_path / "out", config=config, progress=lambda *args: told.append(args))
     assert ("pictures", 40, 60) in told and ("pictures", 0, 60) not in told
     assert contents(tmp_path / "out") == contents(shard_folder)
+
+
+def test_killed_with_9_and_run_again(
+    raw_set: Path, shard_folder: Path, config: PreprocessConfig, tmp_path: Path
+) -> None:
+    # Killed in a part, while parts are joined, between two shards, and between captions and pictures.
+    program = (
+        "import json, os, signal, sys\n"
+        "from physformer_core.data import preprocess as room, shards\n"
+        "raw, output, values, where, after = sys.argv[1:]\n"
+        "shards._MIN_SHARD_ROWS = 20\n"
+        "module = room if where == 'write_shards' else shards\n"
+        "function, left = getattr(module, where), [int(after)]\n"
+        "def deadly(*args, **options):\n"
+        "    if not left[0]:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    left[0] -= 1\n"
+        "    return function(*args, **options)\n"
+        "setattr(module, where, deadly)\n"
+        "room.preprocess(raw, output, config=room.PreprocessConfig.from_dict(json.loads(values)))\n"
+    )
+    output = tmp_path / "out"
+    for where, after in (("write_shards", 0), ("make_examples", 25), ("_write_shard", 1), ("_join", 1)):
+        command = [sys.executable, "-c", program, str(raw_set), str(output), json.dumps(vars(config)), where]
+        done = subprocess.run([*command, str(after)], capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not (output / "manifest.json").exists()
+    (output / ".base-64x64-train-00001.0123456789ab.tmp.arrow").write_bytes(b"half a shard")
+    told: list[tuple[str, int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("physformer_core.data.shards._MIN_SHARD_ROWS", 20)
+        preprocess(raw_set, output, config=config, progress=lambda *args: told.append(args))
+    assert next(entry for entry in told if entry[0] == "pictures")[1] >= 40  # two of three files were kept
+    assert ("captions", 0) not in {entry[:2] for entry in told}
+    assert contents(output) == contents(shard_folder)
+    assert not [path for path in output.rglob("*") if ".tmp" in path.name]
+
+
+def test_the_area_cut_off_is_told(
+    tmp_path: Path, raw_writer: Write, make_drawing: Make, shard_folder: Path, raw_set: Path
+) -> None:
+    # 72x56 shows all of the first, and 9/10 of the width of the second.
+    rows = [make_drawing(0, 720, 560), make_drawing(1, 800, 560), make_drawing(2, 64, 64)]
+    manifest = preprocess(raw_writer(tmp_path / "raw", [rows]), tmp_path / "set", config=PreprocessConfig())
+    assert manifest["buckets"]["72x56"] == {"examples": 2, "cut_area": pytest.approx((0 + 0.1) / 2)}
+    assert manifest["buckets"]["64x64"] == {"examples": 1, "cut_area": 0}
+    assert manifest["cut_area"] == pytest.approx(0.1 / 3)
+    stored = json.loads((shard_folder / "manifest.json").read_text())
+    assert sum(bucket["examples"] for bucket in stored["buckets"].values()) == 60
+    # The inspection of the raw set foretells it.
+    assert inspect_raw_set(raw_set).cut_area == pytest.approx(stored["cut_area"])
 
 
 def test_a_set_of_another_configuration_is_refused_then_replaced(

@@ -1,0 +1,117 @@
+"""What one raw example becomes: whole pictures of level 0, and crops of finer levels."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from physformer_core.data import framing
+from physformer_core.data.preprocess_config import PreprocessConfig
+
+_MAX_ZOOM = 1.18
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example, in pixels.
+
+    Attributes:
+        kind: "base" or "crop".
+        pixels: uint8 [height, width, 3].
+        coarse: The same window at half the resolution, one level down; None for whole pictures, and where the codec is
+            of pixels: there it is the average of `pixels`, which the loader takes.
+        columns: What else is stored: level and place of a crop.
+    """
+
+    kind: str
+    pixels: np.ndarray
+    coarse: np.ndarray | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Made:
+    """All that a raw example becomes.
+
+    Attributes:
+        bucket: (height, width) in elements of the field.
+        cut: Share of the picture's area that the bucket cuts off.
+        examples: Pictures first.
+    """
+
+    bucket: tuple[int, int]
+    cut: float
+    examples: list[Example]
+
+
+def split_of(key: str, validation_fraction: float) -> str:
+    """The side of an example, "train" or "validation".
+
+    Of its key alone: it stays there whatever the seed, so that no later set trains on what judged it.
+    """
+    share = int.from_bytes(hashlib.sha256(f"split/{key}".encode()).digest()[:8], "big") / 2**64
+    return "validation" if share < validation_fraction else "train"
+
+
+def make_examples(raw: dict[str, Any], config: PreprocessConfig, factor: int = 1) -> Made:
+    """Frames a raw example and cuts crops from it.
+
+    Args:
+        raw: Row of a raw set.
+        config: How. All draws are from its seed and the example's key.
+        factor: Pixels per element of the field.
+
+    Raises:
+        UnusablePicture: It cannot become a training example.
+    """
+    image = None
+    height, width = raw["height"], raw["width"]
+    if raw["svg"] is None:
+        if raw["image"] is None:
+            raise framing.UnusablePicture("no picture")
+        image = framing.open_bitmap(raw["image"])
+        height, width = image.height, image.width
+    bucket = framing.nearest_bucket(height, width, config.buckets)
+    kept = framing.kept_area(height, width, bucket)
+    if kept < config.min_kept_area:
+        raise framing.UnusablePicture("too long or too tall for every bucket")
+    pixels = bucket[0] * factor, bucket[1] * factor
+
+    def frame(zoom: float = 1.0, offset: tuple[float, float] = (0.5, 0.5)) -> framing.FramedPicture:
+        if image is not None:
+            return framing.FramedBitmap(image, pixels, zoom=zoom, offset=offset)
+        return framing.FramedDrawing(raw["svg"], (height, width), pixels, zoom=zoom, offset=offset)
+
+    picture = frame()
+    made = [Example("base", picture.whole())]
+    has_crops = config.crops_per_example > 0 and picture.max_level >= min(config.levels)
+    if config.base_views == 1 and not has_crops:
+        return Made(bucket, 1 - kept, made)
+    digest = hashlib.sha256(f"{config.seed}/{raw['key']}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
+    for _ in range(1, config.base_views):
+        zoom, *offset = rng.random(3).tolist()
+        made.append(Example("base", frame(1 + zoom * (_MAX_ZOOM - 1), (offset[0], offset[1])).whole()))
+    crops = math.floor(config.crops_per_example) + (rng.random() < config.crops_per_example % 1)
+    for _ in range(crops):
+        window = framing.choose_window(
+            picture,
+            rng,
+            levels=config.levels,
+            weights=config.level_weights,
+            size=config.crop_size * factor,
+            grid=8 * factor,
+            candidates=config.crop_candidates,
+            variance_fraction=config.variance_fraction,
+        )
+        if window is not None:
+            # An autoencoder's latents of a small picture are no average of those of the large one: a level starts from
+            # the former when a picture is drawn, so a crop of latents needs them.
+            coarse = None if config.codec == "pixels" else picture.pixels(window.halved())
+            columns = {"level": window.level, "place": picture.place(window)}
+            made.append(Example("crop", picture.pixels(window), coarse, columns))
+    return Made(bucket, 1 - kept, made)
