@@ -12,8 +12,10 @@ Backends, all with the signature of `reference_attention`:
 * ``reference``: logits, mask and softmax written out. What the others are tested against.
 * ``dense``: one fused call over the whole field, with a mask only where the window does not cover it.
 * ``halo``: blocks of queries against their windows, in chunks of block rows. Linear in the number of tokens.
+* ``flex``: one fused kernel, on CUDA alone; see `physformer_core.model.flex`.
 
-``auto`` takes ``dense`` up to `DENSE_TOKENS`, ``halo`` above. All return the same picture.
+``auto`` takes ``dense`` up to `DENSE_TOKENS`, above that ``halo``, and on CUDA without gradients ``flex`` from
+`FLEX_TOKENS` where its kernel passes its own test. All return the same picture.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from physformer_core.errors import ConfigError
+from physformer_core.model.flex import FLEX_TOKENS, flex_attend, flex_verified, why_no_flex
 from physformer_core.model.geometry import (
     FAR,
     GEOMETRY_DIM,
@@ -42,7 +45,7 @@ from physformer_core.model.geometry import (
     window_coordinates,
 )
 
-Backend = Literal["auto", "reference", "dense", "halo"]
+Backend = Literal["auto", "reference", "dense", "halo", "flex"]
 
 DENSE_TOKENS = 512
 """Fields up to this many tokens take one dense call (measured: see docs/performance.md)."""
@@ -80,7 +83,7 @@ class AttentionPlan:
         mask_nn: Bool [N, N], or None where every window holds the whole field.
     """
 
-    backend: Literal["reference", "dense", "halo"]
+    backend: Literal["reference", "dense", "halo", "flex"]
     grid: BlockGrid
     cos: Tensor
     sin: Tensor
@@ -92,14 +95,17 @@ def plan_attention(grid: BlockGrid, backend: Backend, cos: Tensor, sin: Tensor, 
     """Resolves ``auto`` and prepares what the backend needs.
 
     Raises:
-        ConfigError: For ``dense`` in half precision over a field above `MAX_WINDOW`, whose coordinates would round.
+        ConfigError: For ``dense`` in half precision over a field above `MAX_WINDOW`, whose coordinates would round, and
+            for ``flex`` where it cannot run.
     """
     longest = max(grid.height, grid.width)
     if backend == "auto":
         small = grid.height * grid.width <= DENSE_TOKENS and longest <= MAX_WINDOW
-        backend = "dense" if small else "halo"
-    if backend == "halo":
-        return AttentionPlan("halo", grid, cos, sin)
+        backend = "dense" if small else "flex" if _takes_flex(grid, cos.device) else "halo"
+    elif backend == "flex" and (reason := why_no_flex(cos.device)) is not None:
+        raise ConfigError(f"the attention backend 'flex' cannot run here: {reason}", hint="use 'auto' or 'halo'")
+    if backend in ("halo", "flex"):
+        return AttentionPlan(backend, grid, cos, sin)
     if backend == "dense" and dtype != torch.float32 and longest > MAX_WINDOW:
         raise ConfigError(
             f"dense attention over {grid.height}x{grid.width} tokens needs float32",
@@ -108,6 +114,13 @@ def plan_attention(grid: BlockGrid, backend: Backend, cos: Tensor, sin: Tensor, 
     coordinates = window_coordinates(grid.height, grid.width, cos.device).reshape(-1, 2)
     mask = None if grid.covers_everything() else same_window(grid, cos.device)
     return AttentionPlan(backend, grid, cos, sin, coordinates, mask)
+
+
+def _takes_flex(grid: BlockGrid, device: torch.device) -> bool:
+    """Whether ``auto`` takes ``flex``. Not with gradients: those of drift and width go through it untested."""
+    if device.type != "cuda" or grid.height * grid.width < FLEX_TOKENS or torch.is_grad_enabled():
+        return False
+    return why_no_flex(device) is None and flex_verified(device)
 
 
 @dataclass(frozen=True)
@@ -237,11 +250,27 @@ def _windows(rows: Tensor, grid: BlockGrid) -> Tensor:
     return windows.permute(0, 1, 2, 5, 6, 3, 4)
 
 
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, text: TextKeyValue | None, transport: Transport, plan: AttentionPlan
+) -> Tensor:
+    """One fused kernel over the field in block order; see `reference_attention` for shapes."""
+    text_key, text_value = (None, None) if text is None else (text.key, text.value)
+    return flex_attend(query, key, value, text_key, text_value, transport.drift_hc, transport.sigma_h, plan.grid)
+
+
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": reference_attention,
     "dense": dense_attention,
     "halo": halo_attention,
+    "flex": fused_attention,
 }
+
+
+def inverse_rms(hidden_states: Tensor) -> Tensor:
+    """One over the root mean square of the last dimension, kept as a dimension; torch's own norm, with its epsilon of
+    1e-6, makes more passes on a CPU."""
+    norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
+    return norm.square_().mul_(1 / hidden_states.shape[-1]).add_(1e-6).rsqrt_()
 
 
 class HeadNorm(nn.Module):
@@ -326,9 +355,15 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
 
     def project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed, scaled and rotated query and key content, and the value: each [B, N, heads, .]."""
-        query = self.norm_q(self.to_q(hidden_states).unflatten(-1, (self.heads, -1))) * self.content_dim**-0.5
-        key = self.norm_k(self.to_k(hidden_states).unflatten(-1, (self.heads, -1)))
+        query = self.to_q(hidden_states).unflatten(-1, (self.heads, -1))
+        key = self.to_k(hidden_states).unflatten(-1, (self.heads, -1))
         value = self.to_v(hidden_states).unflatten(-1, (self.heads, -1))
+        if not torch.is_grad_enabled() and query.dtype == torch.float32:
+            # The same in place: half the time on a CPU, where every pass goes to memory.
+            self._finish(query, self.norm_q.weight * self.content_dim**-0.5, cos, sin)
+            self._finish(key, self.norm_k.weight, cos, sin)
+            return query, key, value
+        query, key = self.norm_q(query) * self.content_dim**-0.5, self.norm_k(key)
         # CUDA's autocast norms in float32. The geometry must be split for the dtype that attention will run in.
         query, key = query.to(value.dtype), key.to(value.dtype)
         split = [self.rotary_dim, self.content_dim - self.rotary_dim]
@@ -339,6 +374,14 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
             return torch.cat([rotate_pairs(turning, cos, sin), still], dim=-1)
 
         return rotate(query), rotate(key), value
+
+    def _finish(self, content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Norms and turns float32 content [B, N, heads, content_dim] in place."""
+        content.mul_(inverse_rms(content)).mul_(gain)
+        first, second = content[..., : self.rotary_dim].chunk(2, dim=-1)
+        turned = first * cos - second * sin
+        second.mul_(cos).addcmul_(first, sin)
+        first.copy_(turned)
 
     def encode_text(self, text_states: Tensor, mask: Tensor) -> TextKeyValue:
         """Keys and values of the prompt.

@@ -55,15 +55,14 @@ def training_flops(model: PhysFormerTransformer2DModel, height: int, width: int,
     """Operations of forward and backward for one example.
 
     Going back, each product is done twice more: once for the gradient of the weight (or the keys), once for that of
-    the input (or the queries); of layers on data only the first. Fused attention recomputes its logits on top: that
-    is not counted, as it is no work of the model's.
+    the input (or the queries); of layers on data only the first, of frozen layers only the second. Fused attention
+    recomputes its logits on top: that is not counted, as it is no work of the model's.
     """
     forward = picture_flops(model, height, width, prompt_tokens) + prompt_flops(model, prompt_tokens)
-    unneeded = sum(
-        2 * _size(layer) * (1 if _is(name, _PER_PICTURE) else height * width)
-        for name, layer in _linears(model)
-        if _is(name, _OF_DATA)
-    )
+    unneeded = 0
+    for name, layer in _linears(model):
+        rows = prompt_tokens if _is(name, _PER_PROMPT_TOKEN) else 1 if _is(name, _PER_PICTURE) else height * width
+        unneeded += 2 * _size(layer) * rows * (_is(name, _OF_DATA) + (not layer.weight.requires_grad))
     return 3 * forward - unneeded
 
 
@@ -80,7 +79,7 @@ def _attention_flops(
     if index % 2:
         grid = replace(grid, shift=config.block_size // 2)
     none = torch.empty(0)
-    if plan_attention(grid, model.attention_backend, none, none, model.dtype).backend == "halo":
+    if plan_attention(grid, model.attention_backend, none, none, model.dtype).backend in ("halo", "flex"):
         blocks_y, blocks_x = grid.blocks
         pairs = blocks_y * blocks_x * grid.block**2 * (grid.window**2 + prompt_tokens)
     else:

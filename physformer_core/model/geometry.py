@@ -1,7 +1,7 @@
 """Where tokens are, and what distance does to attention.
 
 Everything here is a function of positions alone: the advection-diffusion kernel written as reserved query/key
-dimensions, rotary angles, the grid of attention blocks, and the norm-conserving update of a token.
+dimensions, rotary angles, and the grid of attention blocks.
 
 Coordinates are in tokens. Inside one attention window they are relative to the window's centre and therefore
 half-integers, for which ``|x|^2 / 2`` is an integer plus 1/4: that integer stays below 256 in windows of up to
@@ -212,27 +212,3 @@ def place_coordinates(height: int, width: int, place_b4: Tensor) -> Tensor:
     x = left[:, None] + (right - left)[:, None] * column
     grid = torch.stack([y[:, :, None].expand(-1, -1, width), x[:, None].expand(-1, height, -1)], dim=-1)
     return 2 * grid - 1
-
-
-def rotation_update(hidden_states: Tensor, update: Tensor) -> Tensor:
-    """Turns each token towards its update without changing its norm.
-
-    With ``w = f - <f, h> h / |h|^2`` and ``theta = |w| / |h|`` this is
-    ``h <- cos(theta) h + (sin(theta) / theta) w``: a step along the great circle through h in the direction of f.
-    It needs two sums over the features and one linear combination of h and f, which is how it is written.
-
-    Args:
-        hidden_states: [..., D] float32 tokens h.
-        update: [..., D] gated sublayer output f.
-
-    Returns:
-        [..., D] float32 with the norm of ``hidden_states``; equal to it where ``update`` is zero.
-    """
-    update = update.float()
-    square_h = hidden_states.square().sum(-1, keepdim=True).clamp_min(1e-12)
-    along = (update * hidden_states).sum(-1, keepdim=True) / square_h
-    # |w|^2 = |f|^2 - <f,h>^2/|h|^2 cancels when f is nearly parallel to h; the clamp keeps the angle real there.
-    square_theta = (update.square().sum(-1, keepdim=True) / square_h - along.square()).clamp_min(1e-12)
-    theta = square_theta.sqrt()
-    slope = theta.sin() / theta
-    return (theta.cos() - slope * along) * hidden_states + slope * update

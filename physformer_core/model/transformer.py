@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from physformer_core.model.attention import (
     Backend,
     PhysFormerAttention,
     TextKeyValue,
+    inverse_rms,
     plan_attention,
 )
 from physformer_core.model.geometry import (
@@ -34,8 +35,9 @@ from physformer_core.model.geometry import (
     BlockGrid,
     place_coordinates,
     rotary_angles,
-    rotation_update,
 )
+from physformer_core.model.reversible import run_reversibly
+from physformer_core.model.updates import ResidualForm, residual_form
 
 FEED_FORWARD_CHUNK = 2048
 """Tokens that pass through a feed-forward at once without gradients, so that its hidden layer stays in cache."""
@@ -63,7 +65,7 @@ class PhysFormerFeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         gate, up = self.gate_up(hidden_states).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate).mul_(up))
 
 
 class PhysFormerTextBlock(nn.Module):
@@ -91,12 +93,12 @@ class PhysFormerTextBlock(nn.Module):
 
 class PhysFormerBlock(nn.Module):
     """Local attention and feed-forward, each modulated (AdaLN-Zero, Peebles & Xie 2022,
-    https://arxiv.org/abs/2212.09748) and each applied as an update that conserves a token's norm.
+    https://arxiv.org/abs/2212.09748) and each applied as an update that conserves what its form promises.
 
     Args:
         dim, num_heads, mlp_ratio, text_dim: Sizes.
         max_drift, max_sigma, drift: See `PhysFormerAttention`.
-        residual: ``rotation`` conserves every token's norm; ``plain`` adds (the reference for ablations).
+        form: How the output of a sublayer changes the tokens.
     """
 
     def __init__(
@@ -108,28 +110,42 @@ class PhysFormerBlock(nn.Module):
         max_drift: float,
         max_sigma: float,
         drift: bool,
-        residual: str,
+        form: ResidualForm,
     ) -> None:
         super().__init__()
-        self.residual = residual
+        self.form = form
         self.attn = PhysFormerAttention(dim, num_heads, text_dim, max_drift, max_sigma, drift)
         self.feed_forward = PhysFormerFeedForward(dim, mlp_ratio)
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def update(self, hidden_states: Tensor, output: Tensor) -> Tensor:
-        """Applies a sublayer's gated output to float32 tokens."""
-        if self.residual == "rotation":
-            return rotation_update(hidden_states, output)
-        return hidden_states + output
-
     def normed(self, hidden_states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """RMS norm and modulation, in the dtype of the weights."""
-        normed = F.rms_norm(hidden_states, (hidden_states.shape[-1],), None, 1e-6)
-        return (normed * (1 + scale) + shift).to(self.feed_forward.down.weight.dtype)
+        if torch.is_grad_enabled():
+            normed = F.rms_norm(hidden_states, (hidden_states.shape[-1],), None, 1e-6)
+            normed = normed * (1 + scale) + shift
+        else:  # the same in fewer passes over memory
+            normed = (hidden_states * inverse_rms(hidden_states)).mul_(1 + scale).add_(shift)
+        return normed.to(self.feed_forward.down.weight.dtype)
 
-    def feed(self, hidden_states: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
-        """The feed-forward sublayer with its update, on tokens [B, N, dim]."""
-        return self.update(hidden_states, gate * self.feed_forward(self.normed(hidden_states, scale, shift)))
+    def modulate(self, temb: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of attention, then of the feed-forward: each [B, 1, dim] in float32."""
+        return self.modulation(temb)[:, None].float().chunk(6, dim=-1)
+
+    def attend(
+        self, hidden_states: Tensor, modulation: tuple[Tensor, ...], text: TextKeyValue | None, plan: AttentionPlan
+    ) -> Tensor:
+        """The gated output of attention on tokens [B, N, dim]."""
+        shift, scale, gate = modulation[:3]
+        return gate * self.attn(self.normed(hidden_states, scale, shift), text, plan)
+
+    def feed(self, hidden_states: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """The gated output of the feed-forward on tokens [B, N, dim]."""
+        shift, scale, gate = modulation[3:]
+        return gate * self.feed_forward(self.normed(hidden_states, scale, shift))
+
+    def update(self, hidden_states: Tensor, output: Tensor) -> Tensor:
+        """Applies a gated output to float32 tokens [B, N, dim]."""
+        return self.form.apply(hidden_states, output, self.attn.heads)
 
     def forward(
         self,
@@ -138,15 +154,18 @@ class PhysFormerBlock(nn.Module):
         text: TextKeyValue | None,
         plan: AttentionPlan,
     ) -> Tensor:
-        """Tokens [B, N, dim] (float32, in row order) -> the same shape."""
-        modulation = self.modulation(temb)[:, None].float().chunk(6, dim=-1)
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation
-        attended = self.attn(self.normed(hidden_states, scale_a, shift_a), text, plan)
-        hidden_states = self.update(hidden_states, gate_a * attended)
-        if torch.is_grad_enabled() or hidden_states.shape[1] <= FEED_FORWARD_CHUNK:
-            return self.feed(hidden_states, scale_f, shift_f, gate_f)
-        chunks = hidden_states.split(FEED_FORWARD_CHUNK, dim=1)
-        return torch.cat([self.feed(chunk, scale_f, shift_f, gate_f) for chunk in chunks], dim=1)
+        """Tokens [B, N, streams * dim] (float32, in row order) -> the same shape."""
+        modulation = self.modulate(temb)
+        # With two streams q and p, each sublayer reads one and changes the other; with one, they are the same.
+        q, p = hidden_states.chunk(2, dim=-1) if self.form.streams == 2 else (hidden_states, hidden_states)
+        q = self.update(q, self.attend(p, modulation, text, plan))
+        changed = p if self.form.streams == 2 else q
+        if torch.is_grad_enabled() or q.shape[1] <= FEED_FORWARD_CHUNK:
+            p = self.update(changed, self.feed(q, modulation))
+        else:
+            chunks = zip(changed.split(FEED_FORWARD_CHUNK, dim=1), q.split(FEED_FORWARD_CHUNK, dim=1), strict=True)
+            p = torch.cat([self.update(chunk, self.feed(read, modulation)) for chunk, read in chunks], dim=1)
+        return torch.cat([q, p], dim=-1) if self.form.streams == 2 else p
 
 
 class PhysFormerPatchEmbed(nn.Module):
@@ -259,7 +278,7 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         block_size, radius: Attention block and halo in tokens.
         max_drift, max_sigma: Bounds in tokens.
         drift: Whether heads drift.
-        residual: ``rotation`` (conserves norms) or ``plain``.
+        residual: How sublayers change tokens, and what that conserves: a name in `updates.RESIDUALS`.
     """
 
     _supports_gradient_checkpointing = True
@@ -290,7 +309,7 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         max_drift: float = 2.0,
         max_sigma: float = 3.0,
         drift: bool = True,
-        residual: Literal["rotation", "plain"] = "rotation",
+        residual: str = "rotation",
     ) -> None:
         super().__init__()
         head_dim, remainder = divmod(hidden_size, num_heads)
@@ -307,8 +326,7 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
                 f"max_drift {max_drift} or max_sigma {max_sigma} is out of range",
                 hint=f"max_drift must be above 1, max_sigma above 0.3 and at most {FLAT_SIGMA:g}",
             )
-        if residual not in ("rotation", "plain"):
-            raise ConfigError(f"unknown residual '{residual}'", hint="'rotation' or 'plain'")
+        self.form = residual_form(residual)
         self.patch_embed = PhysFormerPatchEmbed(in_channels, patch_size, hidden_size, bottleneck)
         self.condition_embed = PhysFormerConditionEmbed(hidden_size, pooled_dim, max_levels, num_classes)
         self.text_embed = nn.Linear(text_dim, text_hidden_size)
@@ -318,7 +336,7 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         )
         self.text_norm = nn.RMSNorm(text_hidden_size, eps=1e-6)
         self.blocks = nn.ModuleList(
-            PhysFormerBlock(hidden_size, num_heads, mlp_ratio, text_hidden_size, max_drift, max_sigma, drift, residual)
+            PhysFormerBlock(hidden_size, num_heads, mlp_ratio, text_hidden_size, max_drift, max_sigma, drift, self.form)
             for _ in range(num_layers)
         )
         self.final_layer = PhysFormerFinalLayer(hidden_size, patch_size, in_channels)
@@ -347,10 +365,10 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         return [block.attn for block in self.blocks if isinstance(block, PhysFormerBlock)]
 
     def set_attention_backend(self, backend: Backend) -> None:
-        """Runs every block's attention with ``auto``, ``reference``, ``dense`` or ``halo``.
+        """Runs every block's attention with ``auto``, ``reference``, ``dense``, ``halo`` or, on CUDA, ``flex``.
 
         Raises:
-            ConfigError: For any other name.
+            ConfigError: For any other name, and for ``flex`` once the network runs where it cannot.
         """
         if backend not in ("auto", *BACKENDS):
             raise ConfigError(f"unknown attention backend '{backend}'", hint="one of auto, " + ", ".join(BACKENDS))
@@ -429,12 +447,22 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         temb = self.condition_embed(timestep, level, encoded_prompt.pooled, class_labels)
         # The residual stream stays float32 whatever the weights are: norms are conserved to its precision.
         tokens = self.patch_embed(hidden_states.to(dtype), coarse_hidden_states.to(dtype), place).float().flatten(1, 2)
+        if self.form.streams == 2:
+            tokens = torch.cat([tokens, tokens], dim=-1)
         plans = self.plan(height // patch, width // patch, token_origin, tokens)
-        for index, (block, text) in enumerate(zip(self.blocks, encoded_prompt.key_values, strict=True)):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, temb, text, plans[index % 2])
-            else:
-                tokens = block(tokens, temb, text, plans[index % 2])
+        of_blocks = [plans[index % 2] for index in range(len(self.blocks))]
+        blocks = cast(list[PhysFormerBlock], list(self.blocks))
+        save_memory = torch.is_grad_enabled() and self.gradient_checkpointing
+        if save_memory and self.form.always_invertible:
+            tokens = run_reversibly(blocks, tokens, temb, encoded_prompt.key_values, of_blocks)
+        else:
+            for block, text, plan in zip(blocks, encoded_prompt.key_values, of_blocks, strict=True):
+                if save_memory:
+                    tokens = self._gradient_checkpointing_func(block, tokens, temb, text, plan)
+                else:
+                    tokens = block(tokens, temb, text, plan)
+        if self.form.streams == 2:
+            tokens = torch.stack(tokens.chunk(2, dim=-1)).mean(0)
         tokens = tokens.unflatten(1, (height // patch, width // patch))
         sample = self.final_layer(tokens, temb)
         return PhysFormerTransformer2DOutput(sample=sample) if return_dict else (sample,)

@@ -1,4 +1,4 @@
-"""Positions, the transport kernel in reserved dimensions, grids, rotary angles and the norm-keeping update."""
+"""Positions, the transport kernel in reserved dimensions, grids and rotary angles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from physformer_core.model.geometry import (
     query_geometry,
     rotary_angles,
     rotate_pairs,
-    rotation_update,
     same_window,
     split_high_low,
     window_coordinates,
@@ -162,33 +161,3 @@ def test_places_of_a_crop_are_those_in_the_whole() -> None:
     assert torch.allclose(crop[0], whole[0, 3:7, 5:10], atol=1e-6)
     assert torch.allclose(whole[0, 0, 0], torch.tensor([-0.9, -0.95])) and whole.abs().max() < 1
     assert place_coordinates(8, 8, torch.tensor([[0.0, 0.0, 1.5, 1.0]]))[..., 0].max() > 1  # padding lies outside
-
-
-@settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 10_000), gain=st.floats(1e-3, 5.0), size=st.floats(1e-2, 100.0))
-def test_rotation_keeps_norms_and_follows_the_formula(seed: int, gain: float, size: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    h = size * torch.randn(7, 48, generator=generator)
-    f = gain * size * torch.randn(7, 48, generator=generator)
-    turned = rotation_update(h, f)
-    assert torch.allclose(turned.norm(dim=-1), h.norm(dim=-1), rtol=1e-5, atol=0)
-    h64, f64 = h.double(), f.double()
-    w = f64 - (f64 * h64).sum(-1, keepdim=True) / h64.square().sum(-1, keepdim=True) * h64
-    theta = w.norm(dim=-1, keepdim=True) / h64.norm(dim=-1, keepdim=True)
-    expected = theta.cos() * h64 + theta.sin() / theta * w
-    assert torch.allclose(turned.double(), expected, rtol=1e-4, atol=1e-5 * size)
-
-
-def test_rotation_at_its_limits() -> None:
-    torch.manual_seed(0)
-    h = torch.randn(5, 32)
-    assert torch.equal(rotation_update(h, torch.zeros_like(h)), h)  # a closed gate is the identity, to the bit
-    # What points along the token cannot turn it; what is left is rounding.
-    assert torch.allclose(rotation_update(h, 0.7 * h), h, rtol=2e-3, atol=2e-3)
-    assert torch.allclose(rotation_update(h, 3 * h).norm(dim=-1), h.norm(dim=-1), rtol=1e-5)
-    silent = rotation_update(torch.zeros(1, 32), torch.ones(1, 32))
-    assert torch.isfinite(silent).all() and silent.norm() < 1e-5
-    for case in (torch.zeros_like(h), 0.7 * h, torch.randn_like(h)):
-        leaf = case.clone().requires_grad_()
-        rotation_update(h, leaf).sum().backward()
-        assert torch.isfinite(leaf.grad).all()

@@ -14,6 +14,7 @@ from physformer_core.errors import ConfigError
 from physformer_core.model import attention, transformer
 from physformer_core.model.attention import PhysFormerAttnProcessor
 from physformer_core.model.transformer import EncodedPrompt, PhysFormerTransformer2DModel
+from physformer_core.model.updates import RESIDUALS
 
 Build = Callable[..., PhysFormerTransformer2DModel]
 PromptOf = Callable[..., EncodedPrompt]
@@ -70,7 +71,7 @@ def test_plain_residual_conserves_nothing(build: Build, prompt_of: PromptOf) -> 
     assert ((norms[-1] - norms[0]) / norms[0]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("residual", ["rotation", "plain"])
+@pytest.mark.parametrize("residual", RESIDUALS)
 def test_blocks_are_the_identity_when_freshly_initialised(residual: str, prompt_of: PromptOf) -> None:
     torch.manual_seed(0)
     model = PhysFormerTransformer2DModel(
@@ -79,7 +80,7 @@ def test_blocks_are_the_identity_when_freshly_initialised(residual: str, prompt_
         num_heads=4,
         num_layers=2,
         text_hidden_size=32,
-        residual=residual,  # type: ignore[arg-type]
+        residual=residual,
     )
     seen: list[Tensor] = []
     for block in model.blocks:
