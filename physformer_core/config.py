@@ -14,7 +14,7 @@ from typing import Any
 
 from physformer_core.errors import ConfigError
 from physformer_core.flow.path import FlowPath, TimeDensity
-from physformer_core.flow.pyramid import Pyramid
+from physformer_core.flow.pyramid import BASE_AREA, Pyramid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,10 @@ class FlowConfig:
 
     Args:
         path, prediction, end_margin: See `FlowPath`.
-        start_noise, coarse_noise: See `Pyramid`.
+        start_noise, coarse_noise, base_area: See `Pyramid`.
         base_mean, base_std, fine_mean, fine_std: Logit-normal training times at level 0 and above.
+        base_shift, fine_shift: Resolution shift of these times towards noise: see `TimeDensity`. For fields of more
+            pixels than a density was found for, the square root of the ratio (Esser et al. 2024).
     """
 
     path: str = "linear"
@@ -32,20 +34,31 @@ class FlowConfig:
     end_margin: float = 0.05
     start_noise: float = 0.25
     coarse_noise: float = 0.05
+    base_area: int = BASE_AREA
     base_mean: float = -0.6
     base_std: float = 0.9
     fine_mean: float = -0.5
     fine_std: float = 1.0
+    base_shift: float = 1.0
+    fine_shift: float = 1.0
 
     def flow_path(self) -> FlowPath:
         return FlowPath(name=self.path, prediction=self.prediction, end_margin=self.end_margin)  # type: ignore[arg-type]
 
     def pyramid(self, patch_size: int) -> Pyramid:
-        return Pyramid(start_noise=self.start_noise, coarse_noise=self.coarse_noise, patch_size=patch_size)
+        return Pyramid(
+            start_noise=self.start_noise,
+            coarse_noise=self.coarse_noise,
+            base_area=self.base_area,
+            patch_size=patch_size,
+        )
 
     def densities(self) -> tuple[TimeDensity, TimeDensity]:
         """Training times at level 0 and at finer levels."""
-        return TimeDensity(mean=self.base_mean, std=self.base_std), TimeDensity(mean=self.fine_mean, std=self.fine_std)
+        return (
+            TimeDensity(mean=self.base_mean, std=self.base_std, shift=self.base_shift),
+            TimeDensity(mean=self.fine_mean, std=self.fine_std, shift=self.fine_shift),
+        )
 
     def __post_init__(self) -> None:
         self.flow_path()
@@ -59,7 +72,13 @@ class TrainConfig:
 
     Args:
         steps: Optimizer steps.
-        batch_size: Examples per step.
+        batch_size: Examples per step, over all processes and parts.
+        accumulate: Parts that each process computes its share of a batch in, one after another: less memory, the same
+            step.
+        gradient_checkpointing: Whether blocks are computed once more in the backward pass instead of kept: less memory,
+            about a third more time, the same step.
+        parallel: What several processes do: ``ddp`` (each holds everything), ``fsdp`` (each holds a part of weights,
+            gradients and optimizer state), or ``auto``: ddp where there are several.
         crop_fraction: Share of steps on crops of finer levels; the others are whole level-0 pictures.
         crop_size: Side of a training crop in pixels.
         optimizer: ``muon`` or ``adamw``.
@@ -69,17 +88,28 @@ class TrainConfig:
         warmup_fraction: Share of steps of linear warm-up from a tenth of the peak; then a cosine to a tenth.
         prompt_dropout: Share of prompts replaced by the learned null prompt.
         ema_decay: Of the averaged weights.
-        dtype: Arithmetic: ``auto`` is bfloat16 where the hardware has it, float32 elsewhere. Weights are float32.
+        dtype: Arithmetic: ``auto`` is bfloat16 where the hardware has it, float32 elsewhere; ``fp16`` scales the loss.
+            Weights are float32.
         compile: Whether blocks are compiled.
         checkpoint_every, keep_last, keep_every: Steps between checkpoints; how many of the last, and every
             how many-th step, are kept (0: only the last).
         validate_every, validation_batches: Steps between validations and batches in one.
         log_every: Steps between log records.
+        sample_every: Steps between sample grids, drawn with the averaged weights (0: none).
+        sample_count, sample_size: Pictures of a grid, and their side in pixels.
+        sample_prompts: What they show, a prompt a line; captions of held-out pictures if empty.
+        repeat_batch: Train on the first batch again and again: a check that a model can learn at all.
+        pass_below: The run passes if its loss ends below this share of what it began with (0: no such check).
+        lora_rank, lora_alpha: Train an adapter of this rank beside frozen weights (0: the whole network); it acts
+            with alpha / rank (0: as rank).
         seed: Of weights, data order, times and noise.
     """
 
     steps: int = 100_000
     batch_size: int = 128
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    parallel: str = "auto"
     crop_fraction: float = 0.25
     crop_size: int = 64
     optimizer: str = "muon"
@@ -100,21 +130,32 @@ class TrainConfig:
     validate_every: int = 500
     validation_batches: int = 4
     log_every: int = 20
+    sample_every: int = 500
+    sample_count: int = 8
+    sample_size: int = 128
+    sample_prompts: str = ""
+    repeat_batch: bool = False
+    pass_below: float = 0.0
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in (
             "steps",
             "batch_size",
+            "accumulate",
             "checkpoint_every",
             "keep_last",
             "validate_every",
             "validation_batches",
             "log_every",
+            "sample_count",
+            "sample_size",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("crop_fraction", "prompt_dropout", "warmup_fraction"):
+        for name in ("crop_fraction", "prompt_dropout", "warmup_fraction", "pass_below"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be within 0 and 1, not {getattr(self, name)}")
         if not 0 < self.ema_decay < 1:
@@ -122,18 +163,27 @@ class TrainConfig:
         for name in ("lr", "muon_lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("weight_decay", "keep_every", "seed"):
+        for name in ("weight_decay", "keep_every", "seed", "sample_every", "lora_rank"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be within 0 and 1, not {getattr(self, name)}")
+        if not 0 <= self.lora_alpha < math.inf:
+            raise ConfigError(f"lora_alpha must be at least 0, not {self.lora_alpha}")
+        if self.lora_alpha and not self.lora_rank:
+            raise ConfigError("lora_alpha has no effect without lora_rank", hint="--lora-rank 8, for example")
         if self.optimizer not in ("muon", "adamw"):
             raise ConfigError(f"unknown optimizer '{self.optimizer}'", hint="muon or adamw")
-        if self.dtype == "fp16":
-            raise ConfigError("training in fp16 would need its losses scaled, which is not built", hint="bf16 or fp32")
-        if self.dtype not in ("auto", "fp32", "bf16"):
-            raise ConfigError(f"unknown dtype '{self.dtype}'", hint="auto, fp32 or bf16")
+        if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
+            raise ConfigError(f"unknown dtype '{self.dtype}'", hint="auto, fp32, bf16 or fp16")
+        if self.parallel not in ("auto", "ddp", "fsdp"):
+            raise ConfigError(f"unknown way to be parallel '{self.parallel}'", hint="auto, ddp or fsdp")
+        if self.accumulate > self.batch_size:
+            raise ConfigError(
+                f"a batch of {self.batch_size} cannot be computed in {self.accumulate} parts",
+                hint="accumulate is at most batch_size",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,8 @@ class Pyramid:
     def __post_init__(self) -> None:
         if self.start_noise <= 0 or self.coarse_noise < 0:
             raise ConfigError("start_noise must be above 0 and coarse_noise at least 0")
+        if self.base_area < 1:
+            raise ConfigError(f"base_area must be at least 1, not {self.base_area}", hint="4096 is 64x64 elements")
 
     def level_sizes(self, height: int, width: int, levels: int | None = None) -> list[LevelSize]:
         """Sizes of all levels, coarsest first.

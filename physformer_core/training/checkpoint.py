@@ -5,6 +5,8 @@ step-00001000/
     transformer/        averaged weights
     state.safetensors   training weights and optimizer state
     state.json          step, configuration, data
+
+A run that trains an adapter alone has `adapter/` in the place of `model_index.json` and `transformer/`.
 """
 
 from __future__ import annotations
@@ -13,21 +15,27 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from physformer_core.errors import CheckpointError
 from physformer_core.files import output_error
+from physformer_core.lora import ADAPTER_FILE, ADAPTER_FOLDER, PREFIX, adapter_bytes
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.pipeline import PhysFormerPipeline
+from physformer_core.training.distributed import Ranks, divided_like, whole
 from physformer_core.training.ema import WeightAverage
 from physformer_core.training.optimizer import Optimizer
 
 FORMAT = "physformer-checkpoint/1"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _STEP = re.compile(r"step-(\d{8})")
 
 
@@ -47,23 +55,37 @@ class TrainingState:
     tensors: dict[str, Tensor]
     average: dict[str, Tensor]
 
-    def restore(self, model: nn.Module, optimizer: Optimizer, ema: WeightAverage) -> None:
-        """Puts everything back where it was."""
-        weights = {k.removeprefix("model."): v for k, v in self.tensors.items() if k.startswith("model.")}
-        model.load_state_dict(weights)
-        optimizer.load_state_tensors(
-            {k.removeprefix("optimizer."): v for k, v in self.tensors.items() if k.startswith("optimizer.")}
-        )
-        for name, value in ema.shadow.items():
-            value.copy_(self.average[name])
+    @torch.no_grad()
+    def restore(self, model: nn.Module, optimizer: Optimizer, ema: WeightAverage, ranks: Ranks) -> None:
+        """Puts everything back where it was, on every rank. Only the first one needs to have the tensors.
+
+        Raises:
+            CheckpointError: If weights are missing.
+        """
+        # A run of an adapter has saved nothing else, as nothing else changes.
+        missing = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+        def optimizer_state() -> Iterator[tuple[str, Tensor]]:
+            for key, value in ranks.share_tensors(self.tensors):
+                group, _, name = key.partition(".")
+                if group == "optimizer":
+                    yield name, value
+                elif name in missing:
+                    parameter = missing.pop(name)
+                    parameter.copy_(divided_like(value, parameter))
+
+        optimizer.load_state_tensors(optimizer_state())
+        for name, value in ranks.share_tensors(self.average):
+            ema.shadow[name].copy_(divided_like(value, ema.shadow[name]))
+        if missing:
+            raise CheckpointError(f"the checkpoint has no {min(missing)}", hint="copy it again")
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
-    pipeline: PhysFormerPipeline,
-    optimizer: Optimizer,
-    ema: WeightAverage,
+    write_average: Callable[[Path], None],
+    tensors: dict[str, Tensor],
     metadata: dict[str, Any],
     *,
     keep_last: int,
@@ -71,25 +93,24 @@ def save_checkpoint(
 ) -> Path:
     """Writes the checkpoint of ``step`` under ``folder`` and deletes the ones that are no longer kept.
 
-    ``pipeline`` holds the model that is trained; what it saves are the averaged weights.
+    Args:
+        folder: Where checkpoints are.
+        step: Optimizer steps done.
+        write_average: Writes what inference reads into a folder.
+        tensors: From `training_tensors`, whole.
+        metadata: For ``state.json``.
+        keep_last, keep_every: How many of the last ones stay, and every how many-th step (0: only the last ones).
 
     Raises:
         OutputError: If the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
     target = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.partial"
-    model = pipeline.transformer
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         temporary.mkdir()
-        ema.swap_in(model)
-        try:
-            pipeline.save_pretrained(temporary, max_shard_size="100GB")
-        finally:
-            ema.swap_out(model)
-        tensors = {f"model.{name}": p.detach().contiguous() for name, p in model.named_parameters()}
-        tensors |= {f"optimizer.{name}": t.contiguous() for name, t in optimizer.state_tensors().items()}
+        write_average(temporary)
         save_file(tensors, temporary / "state.safetensors")
         content = json.dumps({"format": FORMAT, "step": step, **metadata}, indent=2)
         (temporary / "state.json").write_text(content, encoding="utf-8")
@@ -114,6 +135,43 @@ def save_checkpoint(
         if not keep_every or step_of(path) % keep_every:
             _remove(path)
     return target
+
+
+def training_tensors(model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> dict[str, Tensor]:
+    """Trained weights and optimizer state for `save_checkpoint`, whole on the first rank; all must call it."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    tensors |= {f"optimizer.{name}": value for name, value in optimizer.state_tensors().items()}
+    return gathered(tensors, ranks)
+
+
+def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Tensors put together on the first rank, in main memory if they were divided; empty on the others."""
+    result = {}
+    for name, tensor in tensors.items():
+        complete = whole(tensor)
+        if ranks.is_main:
+            result[name] = (complete if complete is tensor else complete.cpu()).contiguous()
+    return result
+
+
+def write_averaged(pipeline: PhysFormerPipeline, ema: WeightAverage, metadata: dict[str, Any], folder: Path) -> None:
+    """Writes what inference reads, with the averaged weights of the network that ``pipeline`` holds."""
+    ema.swap_in(pipeline.transformer)
+    try:
+        _save_average(pipeline, folder, metadata)
+    finally:
+        ema.swap_out(pipeline.transformer)
+
+
+def write_gathered(
+    pipeline: PhysFormerPipeline, average: dict[str, Tensor], metadata: dict[str, Any], folder: Path
+) -> None:
+    """Writes what inference reads, of a network that is divided over ranks, from its gathered averaged weights."""
+    with torch.device("meta"):
+        model = PhysFormerTransformer2DModel.from_config(pipeline.transformer.config)
+    model.load_state_dict(average, assign=True)
+    keys = ("text_encoder_name", "codec_name", "flow", "prompt_tokens")
+    _save_average(PhysFormerPipeline(model, **{key: pipeline.config[key] for key in keys}), folder, metadata)
 
 
 def set_aside(folder: Path, after_step: int) -> Path | None:
@@ -167,6 +225,17 @@ def _system_error(error: SafetensorError) -> OSError | None:
     return OSError(int(match.group(1)), os.strerror(int(match.group(1)))) if match else None
 
 
+def weights_file(checkpoint: Path) -> Path:
+    """The file of a checkpoint's averaged weights: the network's, or those of the adapter that was trained."""
+    adapter = checkpoint / ADAPTER_FOLDER / ADAPTER_FILE
+    return adapter if adapter.is_file() else transformer_folder(checkpoint) / WEIGHTS_FILE
+
+
+def transformer_folder(checkpoint: Path) -> Path:
+    """The transformer's folder of a checkpoint or pipeline; the path itself if it has none below it."""
+    return checkpoint / "transformer" if (checkpoint / "transformer").is_dir() else checkpoint
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints under ``folder``, oldest first."""
     if not folder.is_dir():
@@ -199,10 +268,30 @@ def load_training_state(path: Path) -> TrainingState:
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"'{path}' has format {metadata.get('format')!r}", hint=f"expected {FORMAT}")
         tensors = load_file(path / "state.safetensors")
-        average = load_file(path / "transformer" / "diffusion_pytorch_model.safetensors")
+        average = _load_average(path)
     except (OSError, SafetensorError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(
             f"cannot read checkpoint '{path}' ({reason})", hint="resume from an earlier one with --resume PATH"
         ) from error
     return TrainingState(int(metadata["step"]), metadata, tensors, average)
+
+
+def _save_average(pipeline: PhysFormerPipeline, folder: Path, metadata: dict[str, Any]) -> None:
+    """Writes what inference reads: the pipeline, or of a network that carries an adapter, that adapter alone."""
+    if metadata.get("adapter") is None:
+        pipeline.save_pretrained(folder, max_shard_size="100GB")
+        return
+    (folder / ADAPTER_FOLDER).mkdir()
+    content = adapter_bytes(pipeline.transformer, metadata["adapter"])
+    (folder / ADAPTER_FOLDER / ADAPTER_FILE).write_bytes(content)
+
+
+def _load_average(path: Path) -> dict[str, Tensor]:
+    """The averaged weights by parameter name."""
+    file = weights_file(path)
+    tensors = load_file(file)
+    if file.name != ADAPTER_FILE:
+        return tensors
+    # PEFT puts the adapter's name into the names of parameters, and leaves it out of files.
+    return {key.removeprefix(PREFIX).replace(".weight", ".default.weight"): value for key, value in tensors.items()}

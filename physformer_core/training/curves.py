@@ -41,11 +41,11 @@ class Curve:
     losses: np.ndarray
 
 
-def read_curves(log: Path) -> list[Curve]:
-    """The losses in a run's ``log.jsonl``; where a run went back to an earlier checkpoint, what counted in the end.
+def read_records(log: Path) -> list[dict[str, Any]]:
+    """The records of a run's ``log.jsonl``; where a run went back to an earlier checkpoint, what counted in the end.
 
     Raises:
-        DataError: There is no log, it holds no losses, or it is damaged other than by a cut last line.
+        DataError: There is no log, or it is damaged other than by a cut last line.
     """
     try:
         lines = log.read_text(encoding="utf-8").splitlines()
@@ -65,7 +65,16 @@ def read_curves(log: Path) -> list[Curve]:
         while records and records[-1]["step"] >= step:
             records.pop()
         records.append(record)
+    return records
 
+
+def read_curves(log: Path) -> list[Curve]:
+    """The losses in a run's ``log.jsonl``.
+
+    Raises:
+        DataError: It holds no losses, or see `read_records`.
+    """
+    records = read_records(log)
     names = dict.fromkeys(name for record in records for name in record["losses"])
     curves = []
     for name in names:

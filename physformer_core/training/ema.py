@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Float32 average of a model's parameters, with a decay that warms up so that early weights are forgotten.
+    """Float32 average of a model's trained parameters, with a decay that warms up so that early weights are forgotten.
 
     Args:
         model: Whose weights are averaged.
@@ -16,27 +16,32 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.shadow: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.shadow: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in _trained(model)}
         self._held: dict[str, Tensor] | None = None
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Moves the average towards the model's weights after optimizer step ``step`` (counted from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        params = [p.detach() for p in model.parameters()]
+        params = [p.detach() for _, p in _trained(model)]
         torch._foreach_lerp_(list(self.shadow.values()), params, 1 - decay)
 
     @torch.no_grad()
     def swap_in(self, model: nn.Module) -> None:
         """Puts the average into the model; `swap_out` undoes it."""
-        self._held = {name: p.detach().clone() for name, p in model.named_parameters()}
-        for name, param in model.named_parameters():
+        self._held = {name: p.detach().clone() for name, p in _trained(model)}
+        for name, param in _trained(model):
             param.copy_(self.shadow[name])
 
     @torch.no_grad()
     def swap_out(self, model: nn.Module) -> None:
         """Restores the weights that `swap_in` set aside."""
         assert self._held is not None
-        for name, param in model.named_parameters():
+        for name, param in _trained(model):
             param.copy_(self._held[name])
         self._held = None
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Named parameters but for frozen ones, which stay what they are."""
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from physformer_core.config import RunConfig
+from physformer_core.config import RunConfig, TrainConfig
 from physformer_core.data.loader import Batch, BatchStream, ShardSet
-from physformer_core.model.flops import training_flops
+from physformer_core.errors import ConfigError
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
-from physformer_core.training.optimizer import NEWTON_SCHULZ_STEPS, split_parameters
+from physformer_core.training.adapter import put_adapter, trainable_parameters
+from physformer_core.training.optimizer import split_parameters
 from physformer_core.training.trainer import model_arguments
+from physformer_core.training.watching import batch_flops, newton_schulz_flops
 
 _SAMPLED_STEPS = 16
 _FLOAT_BYTES = 4
@@ -25,19 +28,27 @@ class RunEstimate:
     """Figures of a run.
 
     Args:
-        parameters: Of the network.
+        parameters: Of the network, with its adapter if one is trained.
+        trainable: Those that the optimizer changes.
         flops_per_step: Matrix products of a mean step: forward, backward and optimizer.
         state_bytes: Weights, gradients, average and optimizer state, all float32.
-        activation_bytes: What the backward pass keeps of the forward pass of the largest sampled batch, in float32
-            and uncompiled: bfloat16 and compiling take less.
+        activation_bytes: What the backward pass keeps of the forward pass of the largest sampled batch (or part of one,
+            if batches are accumulated), in float32 and uncompiled: bfloat16 and compiling take less.
         steps_per_epoch: Steps of the run in which every example of a kind is seen once, by kind.
+        steps: Of the run.
     """
 
     parameters: int
+    trainable: int
     flops_per_step: int
     state_bytes: int
     activation_bytes: int
     steps_per_epoch: dict[str, float]
+    steps: int
+
+    def seconds(self, peak: float, share: float = 1.0) -> float:
+        """How long all steps take at a share of a matrix peak (operations per second)."""
+        return self.steps * self.flops_per_step / (peak * share)
 
 
 def estimate_run(config: RunConfig, shards: ShardSet) -> RunEstimate:
@@ -49,6 +60,8 @@ def estimate_run(config: RunConfig, shards: ShardSet) -> RunEstimate:
     train = config.training
     with torch.device("meta"):
         model = PhysFormerTransformer2DModel(**model_arguments(config, shards))
+        if train.lora_rank:
+            put_adapter(model, train)
     stream = BatchStream(
         shards,
         seed=train.seed,
@@ -57,8 +70,8 @@ def estimate_run(config: RunConfig, shards: ShardSet) -> RunEstimate:
         crop_size=train.crop_size,
     )
     batches = [stream.batch(step) for step in range(min(train.steps, _SAMPLED_STEPS))]
-    forward_backward = sum(_batch_flops(model, batch) for batch in batches) // len(batches)
-    parameters = sum(p.numel() for p in model.parameters())
+    forward_backward = sum(batch_flops(model, batch) for batch in batches) // len(batches)
+    parameters, trainable = sum(p.numel() for p in model.parameters()), trainable_parameters(model)
     muon, adamw = split_parameters(model)
     if train.optimizer == "adamw":
         muon, adamw = {}, {**muon, **adamw}
@@ -68,25 +81,46 @@ def estimate_run(config: RunConfig, shards: ShardSet) -> RunEstimate:
     largest = max(batches, key=lambda batch: batch.pixels_bchw.numel() + batch.prompt_embeds_btd.numel())
     return RunEstimate(
         parameters=parameters,
-        flops_per_step=forward_backward + sum(_newton_schulz_flops(p) for p in muon.values()),
-        state_bytes=_FLOAT_BYTES * (3 * parameters + moments),
-        activation_bytes=_activation_bytes(model, largest),
+        trainable=trainable,
+        flops_per_step=forward_backward + sum(newton_schulz_flops(p) for p in muon.values()),
+        # Gradients and the average are of what is trained alone.
+        state_bytes=_FLOAT_BYTES * (parameters + 2 * trainable + moments),
+        activation_bytes=_peak_activation_bytes(model, largest.parts(train.accumulate)[-1], train),
         steps_per_epoch={kind: stream.steps_per_epoch(kind) / share for kind, share in shares.items() if share},
+        steps=train.steps,
     )
 
 
-def _batch_flops(model: PhysFormerTransformer2DModel, batch: Batch) -> int:
-    count, _, height, width = batch.pixels_bchw.shape
-    patch = model.config.patch_size
-    # Dropped prompts become the null prompt, for which room is made.
-    tokens = max(batch.prompt_embeds_btd.shape[1], model.config.null_tokens)
-    return count * training_flops(model, height // patch, width // patch, tokens)
+def steps_of_epochs(config: RunConfig, shards: ShardSet, epochs: float) -> int:
+    """Steps in which every whole picture is seen so many times; every crop, if the run trains on crops alone.
+
+    Raises:
+        ConfigError: Epochs are not above 0.
+        DataError: As the run itself would.
+    """
+    if not 0 < epochs < math.inf:
+        raise ConfigError(f"epochs must be above 0, not {epochs}")
+    train = config.training
+    stream = BatchStream(
+        shards,
+        seed=train.seed,
+        batch_size=train.batch_size,
+        crop_fraction=train.crop_fraction,
+        crop_size=train.crop_size,
+    )
+    kind, share = ("base", 1 - train.crop_fraction) if train.crop_fraction < 1 else ("crop", 1.0)
+    return max(1, round(epochs * stream.steps_per_epoch(kind) / share))
 
 
-def _newton_schulz_flops(matrix: Tensor) -> int:
-    """Orthogonalising an m x n matrix, m <= n: per iteration X X^T (2 m^2 n), its square (2 m^3), that times X."""
-    m, n = sorted(matrix.shape)
-    return NEWTON_SCHULZ_STEPS * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
+def _peak_activation_bytes(model: PhysFormerTransformer2DModel, part: Batch, train: TrainConfig) -> int:
+    """Checkpointed, only what goes in and out of blocks is kept, and the inside of one block at a time is made anew."""
+    everything = _activation_bytes(model, part)
+    if not train.gradient_checkpointing:
+        return everything
+    model.enable_gradient_checkpointing()
+    between = _activation_bytes(model, part)
+    model.disable_gradient_checkpointing()
+    return between + (everything - between) // len(model.blocks)
 
 
 def _activation_bytes(model: PhysFormerTransformer2DModel, batch: Batch) -> int:

@@ -15,11 +15,46 @@ from physformer_core.model.transformer import PhysFormerTransformer2DModel
 
 @dataclass
 class Losses:
-    """Mean loss (to differentiate) and, per example, the normalised velocity error and the time it was taken at."""
+    """What a batch's loss is made of.
+
+    Args:
+        mean: The mean loss, to differentiate.
+        per_example: [B] normalised velocity errors.
+        time: [B] the times they were taken at.
+        statistics: Scalars that tell whether data and velocities have the size they should: ``field_mean`` and
+            ``field_std`` of the data, ``velocity_norm`` (predicted) and ``velocity_target_norm``, root mean squares.
+    """
 
     mean: Tensor
     per_example: Tensor
     time: Tensor
+    statistics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn at random for one step: for its global batch, so that it is the same whoever computes which part.
+
+    Args:
+        time_b: Flow times [B].
+        noise_bchw: Noise where the path starts.
+        drop_b: Bool [B], True where the prompt is dropped.
+        coarse_noise_bchw: Noise on the coarse field that the network is shown; None at level 0.
+    """
+
+    time_b: Tensor
+    noise_bchw: Tensor
+    drop_b: Tensor
+    coarse_noise_bchw: Tensor | None
+
+    def part(self, first: int, count: int, device: torch.device) -> Draws:
+        """The draws of ``count`` examples from ``first`` on, on a device."""
+
+        def take(tensor: Tensor) -> Tensor:
+            return tensor[first : first + count].to(device)
+
+        coarse_noise = None if self.coarse_noise_bchw is None else take(self.coarse_noise_bchw)
+        return Draws(take(self.time_b), take(self.noise_bchw), take(self.drop_b), coarse_noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +74,33 @@ class FlowObjective:
     fine_density: TimeDensity
     prompt_dropout: float
 
-    def __call__(self, model: PhysFormerTransformer2DModel, batch: Batch, generator: torch.Generator) -> Losses:
-        """Computes the loss; all draws come from ``generator`` (CPU), in a fixed order."""
-        sharp, count, device = batch.pixels_bchw, batch.pixels_bchw.shape[0], batch.pixels_bchw.device
-        is_base = bool(batch.level_b[0] == 0)
-        t = (self.base_density if is_base else self.fine_density).sample(count, generator).to(device)
-        noise = torch.randn(sharp.shape, generator=generator).to(device)
-        drop = (torch.rand(count, generator=generator) < self.prompt_dropout).to(device)
+    def draw(self, batch: Batch, generator: torch.Generator) -> Draws:
+        """Everything random for the global batch that ``batch`` is of, on the CPU and in a fixed order."""
+        is_base, shape = batch.kind == "base", (batch.total, *batch.pixels_bchw.shape[1:])
+        return Draws(
+            time_b=(self.base_density if is_base else self.fine_density).sample(batch.total, generator),
+            noise_bchw=torch.randn(shape, generator=generator),
+            drop_b=torch.rand(batch.total, generator=generator) < self.prompt_dropout,
+            coarse_noise_bchw=None if is_base else torch.randn(shape, generator=generator),
+        )
+
+    def __call__(self, model: PhysFormerTransformer2DModel, batch: Batch, draws: Draws) -> Losses:
+        """Computes the loss of a batch.
+
+        Args:
+            model: The network.
+            batch: On the network's device.
+            draws: Of the whole global batch, from `draw`.
+        """
+        sharp, device = batch.pixels_bchw, batch.pixels_bchw.device
+        is_base = batch.kind == "base"
+        own = draws.part(batch.first, sharp.shape[0], device)
+        t, noise, drop = own.time_b, own.noise_bchw, own.drop_b
         coarse = shown = None
         if not is_base:
-            coarse = self.pyramid.blur(sharp)
-            shown = coarse + self.pyramid.coarse_noise * torch.randn(sharp.shape, generator=generator).to(device)
+            assert own.coarse_noise_bchw is not None and batch.coarse_bchw is not None
+            coarse = batch.coarse_bchw
+            shown = coarse + self.pyramid.coarse_noise * own.coarse_noise_bchw
         start = self.pyramid.start(coarse, noise)
         z = self.path.interpolate(start, sharp, t)
         labels = None
@@ -66,4 +117,16 @@ class FlowObjective:
         else:
             error = output - self.path.velocity(start, sharp, t)
         per_example = error.square().mean((1, 2, 3)) / self.pyramid.velocity_scale(is_base) ** 2
-        return Losses(per_example.mean(), per_example.detach(), t)
+        statistics = self._statistics(sharp, self.path.velocity(start, sharp, t), error.detach())
+        return Losses(per_example.mean(), per_example.detach(), t, statistics)
+
+    @staticmethod
+    @torch.no_grad()
+    def _statistics(sharp: Tensor, target: Tensor, error: Tensor) -> dict[str, Tensor]:
+        """See `Losses`. The predicted velocity is the true one plus the error that the loss is of."""
+        return {
+            "field_mean": sharp.mean(),
+            "field_std": sharp.std(),
+            "velocity_norm": (target + error).square().mean().sqrt(),
+            "velocity_target_norm": target.square().mean().sqrt(),
+        }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from physformer_core.errors import ConfigError
+from physformer_core.training.distributed import divided_like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic whose iteration drives singular values to about 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/)."""
@@ -43,6 +44,9 @@ class Muon(torch.optim.Optimizer):
     Unlike ``torch.optim.Muon`` it batches matrices of one shape and computes in the dtype that the device is fast
     in (there, bfloat16 always, which on a CPU without it costs four times as much). The step is scaled by
     ``0.2 sqrt(max(m, n))`` so that its size matches AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+
+    Of matrices that are divided over ranks (FSDP2), every rank gathers the momentum, orthogonalises the whole, and
+    keeps its part: the result is that of one process.
 
     Args:
         params: Two-dimensional parameters.
@@ -84,19 +88,27 @@ class Muon(torch.optim.Optimizer):
                         state["momentum_buffer"] = torch.zeros_like(param)
                     buffer = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
                     updates.append(param.grad.lerp(buffer, group["momentum"]))
-                directions = orthogonalize(torch.stack(updates), self.newton_schulz_steps, self.newton_schulz_dtype)
+                # What is orthogonal is the whole matrix: a rank that holds some of its rows needs the others'.
+                matrices = torch.stack([whole(update) for update in updates])
+                directions = orthogonalize(matrices, self.newton_schulz_steps, self.newton_schulz_dtype)
                 scale = -group["lr"] * 0.2 * math.sqrt(max(shape))
                 for param, direction in zip(params, directions, strict=True):
                     param.mul_(1 - group["lr"] * group["weight_decay"])
-                    param.add_(direction, alpha=scale)
+                    param.add_(divided_like(direction, param), alpha=scale)
 
 
 def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Named parameters for Muon (matrices within blocks, but not modulation) and for AdamW (the rest)."""
+    """Named parameters for Muon (matrices within blocks, but not modulation) and for AdamW (the rest).
+
+    Frozen ones are left out. The two thin factors of an adapter go to AdamW: their product is what acts, and
+    orthogonal factors would make every direction of it equally large.
+    """
     muon, adamw = {}, {}
     for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
         in_block = name.startswith(("blocks.", "text_blocks."))
-        if in_block and param.ndim == 2 and "modulation" not in name and "logit" not in name:
+        if in_block and param.ndim == 2 and not any(part in name for part in ("modulation", "logit", "lora_")):
             muon[name] = param
         else:
             adamw[name] = param
@@ -158,7 +170,7 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """All state as flat named tensors, for safetensors."""
+        """All state as flat named tensors, for safetensors; parts that ranks hold stay parts."""
         return {
             f"{self.names[param]}|{key}": value if isinstance(value, Tensor) else torch.tensor(float(value))
             for part, _ in self.parts
@@ -166,21 +178,21 @@ class Optimizer:
             for key, value in state.items()
         }
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restores what `state_tensors` gave."""
-        by_name: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            name, _, field = key.partition("|")
-            by_name.setdefault(name, {})[field] = value
+    def load_state_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Restores what `state_tensors` gave, name by name; every rank must be given whole tensors."""
+        places = {
+            self.names[param]: (part, param)
+            for part, _ in self.parts
+            for group in part.param_groups
+            for param in group["params"]
+        }
         for part, _ in self.parts:
-            for group in part.param_groups:
-                for param in group["params"]:
-                    stored = by_name.get(self.names[param], {})
-                    # AdamW keeps its step count on the CPU whatever the parameter's device.
-                    part.state[param] = {
-                        key: value.clone() if key == "step" else value.to(param.device, copy=True)
-                        for key, value in stored.items()
-                    }
+            part.state.clear()
+        for key, value in tensors:
+            name, _, field = key.partition("|")
+            part, param = places[name]
+            # AdamW keeps its step count on the CPU whatever the parameter's device.
+            part.state[param][field] = (value if field == "step" else divided_like(value, param)).clone()
 
 
 def schedule(step: int, total: int, *, warmup_fraction: float, start: float = 0.1, end: float = 0.1) -> float:

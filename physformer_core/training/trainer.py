@@ -8,65 +8,49 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
+import functools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
 
+from physformer_core.checkpoints import find_checkpoint
 from physformer_core.config import RunConfig
 from physformer_core.data.loader import Batch, BatchStream, ShardSet
 from physformer_core.errors import CheckpointError, ConfigError, PhysFormerError
-from physformer_core.files import output_error
-from physformer_core.hardware import has_fast_bfloat16, resolve_device, resolve_dtype
+from physformer_core.hardware import has_fast_bfloat16, resolve_dtype
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.pipeline import PhysFormerPipeline
+from physformer_core.training.adapter import adapted_model, adapter_facts, check_resumed_adapter, check_text
 from physformer_core.training.checkpoint import (
+    TrainingState,
+    gathered,
     list_checkpoints,
     load_training_state,
     newest_checkpoint,
     save_checkpoint,
     set_aside,
+    training_tensors,
+    transformer_folder,
+    write_averaged,
+    write_gathered,
 )
+from physformer_core.training.distributed import Ranks, copy_from_first, resolve_parallel, shard
 from physformer_core.training.ema import WeightAverage
+from physformer_core.training.gradients import Gradients
 from physformer_core.training.objective import FlowObjective
 from physformer_core.training.optimizer import Optimizer, schedule
+from physformer_core.training.report import Interval, RunLog, StepReport, open_log
+from physformer_core.training.samples import SampleGrid
+from physformer_core.training.watching import WorkMeter
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+_NAMED_EXAMPLES = 8
 
 MAX_BAD_STEPS = 10
 """Steps in a row with a non-finite loss or gradient after which training stops."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one log interval did.
-
-    Args:
-        step: Steps done.
-        total: Steps of the run.
-        losses: Mean normalised velocity loss per kind of batch ("base", "crop") over the interval; validation
-            losses are named "validation_base" and "validation_crop".
-        examples_per_second: Rate over the interval.
-        wait_fraction: Share of the time spent waiting for data.
-        learning_rate: AdamW's, at the last step.
-        gradient_norm: Mean over the interval's finite ones, before clipping; None if none was.
-        skipped: Steps skipped so far because loss or gradients were not finite.
-    """
-
-    step: int
-    total: int
-    losses: dict[str, float]
-    examples_per_second: float
-    wait_fraction: float
-    learning_rate: float
-    gradient_norm: float | None
-    skipped: int
 
 
 class TrainingDiverged(PhysFormerError):
@@ -74,13 +58,9 @@ class TrainingDiverged(PhysFormerError):
 
 
 def model_arguments(config: RunConfig, shards: ShardSet) -> dict[str, Any]:
-    """Arguments of the network: text widths come from the data, for which the encoder was chosen."""
-    return config.model | {"text_dim": shards.hidden_size, "pooled_dim": shards.pooled_size}
-
-
-def transformer_folder(checkpoint: Path) -> Path:
-    """The transformer's folder of a checkpoint or pipeline; the path itself if it has none below it."""
-    return checkpoint / "transformer" if (checkpoint / "transformer").is_dir() else checkpoint
+    """Arguments of the network: channels and text widths are those of the data's codec and encoder."""
+    widths = {"text_dim": shards.hidden_size, "pooled_dim": shards.pooled_size}
+    return config.model | widths | {"in_channels": shards.field.channels}
 
 
 class Trainer:
@@ -91,9 +71,14 @@ class Trainer:
         data_dir: A set written by ``data preprocess``.
         output_dir: Where checkpoints and ``log.jsonl`` go.
         device: Device name.
-        init_from: A checkpoint, or its transformer folder, whose averaged weights the run starts from.
+        init_from: A checkpoint, or its transformer folder, whose averaged weights the run starts from. With
+            ``lora_rank``, the checkpoint that is adapted; the shipped one if None.
         on_step: Called with the number of steps done, after each.
         on_report: Called with each `StepReport`.
+        on_samples: Called with the step and the file of each sample grid.
+        matrix_peak: Operations per second of the machine, for `StepReport.matrix_share`.
+        ranks: This process among those that train the model together; all of them must make a trainer, and call the
+            same methods in the same order. Alone if not given.
 
     Raises:
         ConfigError, DataError, CheckpointError, DeviceError: Before anything is written.
@@ -109,15 +94,45 @@ class Trainer:
         init_from: Path | None = None,
         on_step: Callable[[int], None] | None = None,
         on_report: Callable[[StepReport], None] | None = None,
+        on_samples: Callable[[int, Path], None] | None = None,
+        matrix_peak: float | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.output_dir = config, Path(output_dir)
-        self.on_step, self.on_report = on_step, on_report
+        self.on_step, self.on_report, self.on_samples = on_step, on_report, on_samples
+        self.matrix_peak = matrix_peak
+        self.adapter: dict[str, Any] | None = None
         train = config.training
-        self.device = resolve_device(device)
-        self.dtype = resolve_dtype(train.dtype, self.device)
-        self.shards = ShardSet(data_dir)
-        torch.manual_seed(train.seed)
-        self.model = self._build_model(init_from).to(self.device)
+        self.ranks = ranks or Ranks()
+        with self.ranks.together():
+            self.parallel = resolve_parallel(train.parallel, self.ranks)
+            self._check_shares()
+            self.device = self.ranks.device(device)
+            self.dtype = resolve_dtype(train.dtype, self.device)
+            self.shards = ShardSet(data_dir)
+            self._check_level_zero()
+            torch.manual_seed(train.seed)
+            self.model = self._build_model(init_from if self.ranks.is_main or train.lora_rank else None).to(self.device)
+        self._check_same_data()
+        copy_from_first(self.model, self.ranks)
+        if train.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+            if self.parallel == "fsdp" and self.model.form.always_invertible:
+                raise ConfigError(
+                    f"residual '{self.model.config.residual}' is computed backwards, which FSDP2 cannot follow",
+                    hint="leave --gradient-checkpointing out, or --parallel ddp",
+                )
+        if self.parallel == "fsdp":
+            shard(self.model, self.device, self.ranks)
+        self.gradients = Gradients(
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            parallel=self.parallel,
+            ranks=self.ranks,
+            accumulate=train.accumulate,
+            clip=train.grad_clip,
+        )
         self.ema = WeightAverage(self.model, train.ema_decay)
         self.optimizer = Optimizer(
             self.model,
@@ -139,16 +154,66 @@ class Trainer:
         self.pipeline = PhysFormerPipeline(
             self.model,
             text_encoder_name=self.shards.encoder["name"],
+            codec_name=self.shards.field.codec,
             flow=dataclasses.asdict(config.flow),
             prompt_tokens=self.shards.max_tokens,
         )
+        self.samples: SampleGrid | None = None
+        if train.sample_every:
+            self.samples = SampleGrid(self.pipeline, self.shards, train, self.output_dir / "samples")
         self.step = 0
         self.skipped = 0
         self._bad_in_a_row = 0
         self._stop = False
+        self._stopped = False
+
+    def _check_shares(self) -> None:
+        train, world_size = self.config.training, self.ranks.world_size
+        if train.batch_size // world_size < train.accumulate:
+            raise ConfigError(
+                f"a batch of {train.batch_size} cannot be divided over {world_size} processes and, on each, into "
+                f"{train.accumulate} parts",
+                hint="lower --accumulate, or raise --batch-size",
+            )
+        if train.lora_rank and self.parallel == "fsdp":
+            raise ConfigError("an adapter is too small to be divided over processes", hint="--parallel ddp")
+
+    def _check_level_zero(self) -> None:
+        """Refuses whole pictures that sampling, with this configuration, would begin more than one level below."""
+        pyramid = self.config.flow.pyramid(self.config.model.get("patch_size", 1))
+        for group in self.shards.groups("base", "train"):
+            height, width = group.size
+            if len(pyramid.level_sizes(height, width)) > 1:
+                raise ConfigError(
+                    f"this set's whole pictures have {width}x{height} elements, of which base_area {pyramid.base_area} "
+                    "would make level 1",
+                    hint=f"give `base_area = {height * width}` under [flow], or preprocess with other --buckets",
+                )
+
+    def _check_same_data(self) -> None:
+        """Refuses to train on different sets at once, as several machines with disks of their own might."""
+        key, config = self.ranks.share_json([self.shards.key, self.config.to_dict()])
+        with self.ranks.together():
+            if not self.ranks.alone and config != self.config.to_dict():
+                raise ConfigError(
+                    f"rank {self.ranks.rank} has another configuration than the first one",
+                    hint="start every machine with the same options, and physformer.toml with the same table train",
+                )
+            if key != self.shards.key:
+                raise ConfigError(
+                    f"rank {self.ranks.rank} has other data in {self.shards.folder} than the first one",
+                    hint="copy one set to every machine",
+                )
 
     def _build_model(self, init_from: Path | None) -> PhysFormerTransformer2DModel:
         arguments = model_arguments(self.config, self.shards)
+        if self.config.training.lora_rank:
+            checkpoint = find_checkpoint(init_from)
+            check_text(checkpoint, self.shards.encoder["name"])
+            self.adapter = adapter_facts(checkpoint)
+            model = adapted_model(self.config, checkpoint)
+            self._check_model(model, arguments, checkpoint.folder)
+            return model
         if init_from is None:
             return PhysFormerTransformer2DModel(**arguments)
         folder = transformer_folder(init_from)
@@ -169,15 +234,19 @@ class Trainer:
                 f"'{init_from}' holds other weights than its configuration describes: {wrong[0]}",
                 hint="copy the checkpoint again",
             )
+        self._check_model(model, arguments, init_from)
+        return model
+
+    @staticmethod
+    def _check_model(model: PhysFormerTransformer2DModel, arguments: dict[str, Any], source: Path) -> None:
         for key, value in arguments.items():
             if model.config[key] != value:
                 raise ConfigError(
-                    f"'{init_from}' has {key} {model.config[key]}, this run {value}",
+                    f"'{source}' has {key} {model.config[key]}, this run {value}",
                     hint="the text encoder of the data must be the same"
                     if key in ("text_dim", "pooled_dim")
                     else "start with the preset that it was trained with",
                 )
-        return model
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -189,9 +258,12 @@ class Trainer:
 
     def start_afresh(self) -> Path | None:
         """Sets an earlier run in the output folder aside, checkpoints and log, and returns where they are now."""
-        aside = set_aside(self.checkpoint_dir, after_step=-1)
-        if aside is not None and self._log_path.exists():
-            self._log_path.rename(aside / self._log_path.name)
+        aside = None
+        with self.ranks.together():
+            if self.ranks.is_main:
+                aside = set_aside(self.checkpoint_dir, after_step=-1)
+                if aside is not None and self._log_path.exists():
+                    self._log_path.rename(aside / self._log_path.name)
         return aside
 
     def resume(self, source: str | Path) -> Path | None:
@@ -206,12 +278,35 @@ class Trainer:
             CheckpointError: If it cannot be read or belongs to another model or other data.
             ConfigError: If it has more steps than the configuration asks for.
         """
-        if source == "auto":
-            found = list_checkpoints(self.checkpoint_dir)
-            if not found:
-                return None
-            source = found[-1]
-        source = newest_checkpoint(Path(source))
+        state: TrainingState | None = None
+        with self.ranks.together():
+            if self.ranks.is_main:
+                path = self._checkpoint_of(source)
+                state = None if path is None else self._readable(path)
+        # The other ranks' machines need not have the checkpoint.
+        shared = self.ranks.share_json(None if state is None else [str(path), state.step, state.metadata])
+        if shared is None:
+            return None
+        found, step, metadata = Path(shared[0]), int(shared[1]), shared[2]
+        state = state or TrainingState(step, metadata, {}, {})
+        state.restore(self.model, self.optimizer, self.ema, self.ranks)
+        if scale := metadata.get("loss_scale"):
+            self.gradients.restore_scale(scale)
+        self.step, self.skipped = step, int(metadata["skipped"])
+        with self.ranks.together():
+            if self.ranks.is_main:
+                set_aside(self.checkpoint_dir, self.step)
+        return found
+
+    def _checkpoint_of(self, source: str | Path) -> Path | None:
+        """The checkpoint that `resume` means, if there is one."""
+        if source != "auto":
+            return newest_checkpoint(Path(source))
+        found = list_checkpoints(self.checkpoint_dir)
+        return found[-1] if found else None
+
+    def _readable(self, source: Path) -> TrainingState:
+        """Reads a checkpoint, and refuses what this run cannot go on from."""
         state = load_training_state(source)
         if state.step > self.config.training.steps:
             raise ConfigError(
@@ -222,16 +317,29 @@ class Trainer:
             raise CheckpointError(
                 f"'{source}' was trained on other data", hint="use --init-from to start a new run from its weights"
             )
+        check_resumed_adapter(str(source), state.metadata, self.config, self.adapter)
         if state.metadata["config"]["model"] != self.config.to_dict()["model"]:
             raise CheckpointError(f"'{source}' has another model configuration", hint="resume with the same preset")
-        state.restore(self.model, self.optimizer, self.ema)
-        self.step, self.skipped = state.step, int(state.metadata["skipped"])
-        set_aside(self.checkpoint_dir, self.step)
-        return source
+        return state
 
     def request_stop(self) -> None:
         """Ends `run` after the step in progress, with a checkpoint. Safe to call from a signal handler."""
         self._stop = True
+
+    @contextlib.contextmanager
+    def _log(self) -> Iterator[RunLog | None]:
+        """The run's log, on the first rank."""
+        with contextlib.ExitStack() as held:
+            log = None
+            with self.ranks.together():
+                if self.ranks.is_main:
+                    log = held.enter_context(open_log(self._log_path))
+            yield log
+
+    def _stopping(self) -> bool:
+        """Whether any rank was asked to stop; all ask before every step, so that all end after the same one."""
+        self._stopped = self.ranks.any(self._stop)
+        return self._stopped
 
     def run(self) -> bool:
         """Trains to the configured number of steps.
@@ -254,64 +362,87 @@ class Trainer:
             batch_size=train.batch_size,
             crop_fraction=train.crop_fraction,
             crop_size=train.crop_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
         )
-        interval = _Interval()
-        batches = stream.iterate(start_step=self.step)
-        with contextlib.closing(batches), _open_log(self._log_path) as log:
-            while self.step < train.steps and not self._stop:
+        interval = Interval()
+        meter = None if self.matrix_peak is None else WorkMeter(self.model, train.optimizer, self.matrix_peak)
+        batches = _again(stream.batch(0)) if train.repeat_batch else stream.iterate(start_step=self.step)
+        with contextlib.closing(batches), self._log() as log:
+            while self.step < train.steps and not self._stopping():
                 asked = time.perf_counter()
                 batch = next(batches)
                 interval.waited += time.perf_counter() - asked
+                if meter is not None:
+                    interval.operations += meter.step(batch)
                 self._train_step(batch, interval)
                 self.step += 1
                 last = self.step == train.steps
                 validation: dict[str, float] = {}
                 if last or self.step % train.validate_every == 0:
-                    validation = self.validate()
+                    with interval.paused():
+                        validation = self.validate()
                 if last or validation or self.step % train.log_every == 0:
                     report = interval.report(self, validation)
-                    log.write({"time": time.time(), **vars(report)})
-                    if self.on_report is not None:
+                    with self.ranks.together():
+                        if log is not None:
+                            log.write({"time": time.time(), **vars(report)})
+                    if self.on_report is not None and self.ranks.is_main:
                         self.on_report(report)
-                    interval = _Interval()
+                    interval = Interval()
+                if self.samples is not None and self.step % train.sample_every == 0:
+                    with interval.paused():
+                        self._draw_samples(self.samples)
                 if self.on_step is not None:
                     self.on_step(self.step)
                 if last or self.step % train.checkpoint_every == 0:
                     self.save()
-        if self._stop and self.step % train.checkpoint_every and self.step < train.steps:
+        if self._stopped and self.step % train.checkpoint_every and self.step < train.steps:
             self.save()
         return self.step == train.steps
 
-    def _train_step(self, batch: Batch, interval: _Interval) -> None:
+    def _train_step(self, batch: Batch, interval: Interval) -> None:
         train = self.config.training
         # Offset by one, so that training noise and validation noise (step -1) never coincide.
         generator = torch.Generator().manual_seed(_step_seed(train.seed, self.step))
-        with self._autocast():
-            losses = self.objective(self.model, batch.to(self.device), generator)
-        losses.mean.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
-        if not torch.isfinite(norm):
+        draws = self.objective.draw(batch, generator)
+        losses = self.gradients.compute(self.objective, batch, draws, self.optimizer)
+        if not torch.isfinite(losses.norm):
             self.skipped += 1
             self._bad_in_a_row += 1
             if self._bad_in_a_row >= MAX_BAD_STEPS:
-                saved = list_checkpoints(self.checkpoint_dir)
-                raise TrainingDiverged(
-                    f"loss or gradients were not finite for {MAX_BAD_STEPS} steps in a row, up to step {self.step} "
-                    f"(examples {batch.indices[:4].tolist()} ...)",
-                    hint=f"resume from {saved[-1] if saved else 'the start'} with a lower learning rate",
-                )
+                self._give_up(batch)
         else:
             self._bad_in_a_row = 0
             factor = schedule(self.step, train.steps, warmup_fraction=train.warmup_fraction)
             self.optimizer.step(factor)
             self.ema.update(self.model, self.step)
         self.optimizer.zero_grad()
-        interval.add(batch.kind, losses.mean.detach(), norm, batch.pixels_bchw.shape[0])
+        interval.note(losses.statistics)
+        interval.add(batch, losses)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+    def _give_up(self, batch: Batch) -> NoReturn:
+        keys = [self.shards.example_key(batch.kind, index) for index in batch.indices[:_NAMED_EXAMPLES].tolist()]
+        more = f" and {batch.total - len(keys)} more" if batch.total > len(keys) else ""
+        saved = list_checkpoints(self.checkpoint_dir)
+        with self.ranks.together():
+            if self.ranks.is_main:
+                raise TrainingDiverged(
+                    f"loss or gradients were not finite for {MAX_BAD_STEPS} steps in a row, up to step {self.step} "
+                    f"(examples {', '.join(keys)}{more}); the last good checkpoint is {saved[-1] if saved else 'none'}",
+                    hint=f"--resume {saved[-1] if saved else 'none'} with a lower learning rate"
+                    + (", or --bf16" if self.dtype == torch.float16 else ""),
+                )
+        raise AssertionError("the first rank has raised")
+
+    def _draw_samples(self, grid: SampleGrid) -> None:
+        # Every rank draws, as each may hold but a part of the network.
+        pictures = grid.draw(self.ema, self.gradients.autocast())
+        with self.ranks.together():
+            if self.ranks.is_main:
+                path = grid.write(pictures, self.step)
+                if self.on_samples is not None:
+                    self.on_samples(self.step, path)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -330,13 +461,14 @@ class Trainer:
                     crop_fraction=fraction,
                     crop_size=train.crop_size,
                     split="validation",
+                    rank=self.ranks.rank,
+                    world_size=self.ranks.world_size,
                 )
                 total = 0.0
                 for index in range(train.validation_batches):
                     generator = torch.Generator().manual_seed(_step_seed(train.seed, -1 - index))
-                    with self._autocast():
-                        losses = self.objective(self.model, stream.batch(index).to(self.device), generator)
-                    total += losses.mean.item()
+                    batch = stream.batch(index)
+                    total += self.gradients.loss(self.objective, batch, self.objective.draw(batch, generator))
                 results[f"validation_{kind}"] = total / train.validation_batches
         finally:
             self.ema.swap_out(self.model)
@@ -350,79 +482,32 @@ class Trainer:
             "data_key": self.shards.manifest["key"],
             "text_encoder": self.shards.manifest["captions"]["encoder"],
             "skipped": self.skipped,
+            "adapter": self.adapter,
+            "loss_scale": self.gradients.scaler.state_dict(),
         }
-        return save_checkpoint(
-            self.checkpoint_dir,
-            self.step,
-            self.pipeline,
-            self.optimizer,
-            self.ema,
-            metadata,
-            keep_last=train.keep_last,
-            keep_every=train.keep_every,
-        )
+        tensors = training_tensors(self.model, self.optimizer, self.ranks)
+        write_average = functools.partial(write_averaged, self.pipeline, self.ema, metadata)
+        if self.parallel == "fsdp":
+            average = gathered(self.ema.shadow, self.ranks)
+            write_average = functools.partial(write_gathered, self.pipeline, average, metadata)
+        with self.ranks.together():
+            if self.ranks.is_main:
+                save_checkpoint(
+                    self.checkpoint_dir,
+                    self.step,
+                    write_average,
+                    tensors,
+                    metadata,
+                    keep_last=train.keep_last,
+                    keep_every=train.keep_every,
+                )
+        return self.checkpoint_dir / f"step-{self.step:08d}"
 
 
-class _Log:
-    """Appends JSON lines; each is whole on the disk's cache before the next step begins."""
-
-    def __init__(self, path: Path, file: TextIO) -> None:
-        self._path, self._file = path, file
-
-    def write(self, record: dict[str, Any]) -> None:
-        try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise output_error(self._path, error) from error
-
-
-@contextlib.contextmanager
-def _open_log(path: Path) -> Iterator[_Log]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise output_error(path, error) from error
-    try:
-        yield _Log(path, file)
-    finally:
-        # Closing tries once more to write what could not be written, and would hide the first fault.
-        with contextlib.suppress(OSError):
-            file.close()
-
-
-class _Interval:
-    """Sums between two log records. Losses stay tensors until then, so that no step waits for the device."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.waited = 0.0
-        self.examples = 0
-        self.losses: dict[str, list[torch.Tensor]] = {}
-        self.norms: list[torch.Tensor] = []
-
-    def add(self, kind: str, loss: torch.Tensor, norm: torch.Tensor, examples: int) -> None:
-        self.losses.setdefault(kind, []).append(loss)
-        self.norms.append(norm)
-        self.examples += examples
-
-    def report(self, trainer: Trainer, validation: dict[str, float]) -> StepReport:
-        means = {kind: torch.stack(values).mean().item() for kind, values in self.losses.items()}
-        elapsed = time.perf_counter() - self.started
-        norms = torch.stack(self.norms)
-        finite = norms[torch.isfinite(norms)]
-        train = trainer.config.training
-        return StepReport(
-            step=trainer.step,
-            total=train.steps,
-            losses={kind: value for kind, value in (means | validation).items() if math.isfinite(value)},
-            examples_per_second=self.examples / elapsed,
-            wait_fraction=self.waited / elapsed,
-            learning_rate=train.lr * schedule(trainer.step, train.steps, warmup_fraction=train.warmup_fraction),
-            gradient_norm=float(finite.mean()) if len(finite) else None,
-            skipped=trainer.skipped,
-        )
+def _again(batch: Batch) -> Generator[Batch, None, None]:
+    """One batch without end; its times and noise are drawn anew at every step."""
+    while True:
+        yield batch
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -144,7 +144,10 @@ def test_init_from(train, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "fp16"], "training in fp16 would need its losses scaled"),
+        (["--fp16", "--bf16"], "--dtype, --fp16 and --bf16 say the same thing"),
+        (["--bf16", "--dtype", "fp32"], "--dtype, --fp16 and --bf16 say the same thing"),
+        (["--parallel", "fsdp"], "--parallel fsdp needs several processes"),
+        (["--accumulate", "5"], "a batch of 4 cannot be computed in 5 parts"),
         (["--dtype", "float8"], "unknown dtype 'float8'"),
         (["--steps", "0"], "steps must be at least 1, not 0"),
         (["--lr", "-1"], "lr must be above 0, not -1"),
@@ -174,6 +177,15 @@ def test_slow_bf16_is_warned_of_and_done(train, monkeypatch):
     assert code == 0 and "in bfloat16" in err and "warning: bf16 is slower than fp32 here" in err
 
 
+def test_short_options_for_precision(train):
+    code, out, err = train("--fp16", "--steps", 1, "--accumulate", 2, "--gradient-checkpointing", "--json")
+    assert code == 0 and "in float16" in err and "warning: fp16 is slower than fp32 on a CPU" in err, err
+    training = last_run().config["training"]
+    assert (training["dtype"], training["accumulate"], training["gradient_checkpointing"]) == ("fp16", 2, True)
+    code, out, _ = train("--bf16", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["dtype"] == "bfloat16"
+
+
 def test_a_run_is_replayed_to_the_same_bytes(train, physformer):
     assert train("--steps", 2)[0] == 0
     code, out, err = physformer("runs", "replay", "last")
@@ -186,7 +198,7 @@ def test_runs_plot(train, physformer, tmp_path):
     code, out, _ = physformer("runs", "plot", "run", "--json")
     result = json.loads(out)
     assert code == 0 and result["step"] == 4 and "validation_crop" in result["losses"]
-    assert Image.open(tmp_path / "loss.png").size == (1100, 640)
+    assert Image.open(tmp_path / "loss.png").size == (1100, 640 + 2 * 220), "with panels below"
     code, _, err = physformer("runs", "plot", "run")
     assert code == 0 and err == "wrote loss_1.png\n"
     code, _, err = physformer("runs", "plot", "nowhere")

@@ -1,5 +1,7 @@
 """Presets, and what a configuration file can get wrong."""
 
+from importlib import resources
+
 import pytest
 import torch
 
@@ -23,7 +25,21 @@ def test_presets_grow():
         with torch.device("meta"):
             sizes.append(sum(p.numel() for p in PhysFormerTransformer2DModel(**load_preset(name).model).parameters()))
     assert sizes == sorted(sizes) and 5e6 < sizes[1] < 10e6
-    assert set(preset_names()) == {"debug", "nano", "s", "b", "l", "xl"}
+    ladder = {"debug", "overfit", "hparam_tuning", "stability", "full_scale"}
+    assert set(preset_names()) == {"nano", "s", "b", "l", "xl"} | ladder
+
+
+def test_presets_are_what_they_are_called():
+    tuning, stability, full = (load_preset(name).training for name in ("hparam_tuning", "stability", "full_scale"))
+    assert (tuning.steps, stability.steps, full.steps) == (5_000, 30_000, 300_000)
+    assert stability.batch_size == 576 and stability.batch_size % stability.accumulate == 0
+    overfit = load_preset("overfit").training
+    assert (
+        overfit.repeat_batch and 0 < overfit.pass_below < 0.1 and overfit.crop_fraction == overfit.prompt_dropout == 0
+    )
+    for name in preset_names():
+        text = (resources.files("physformer_core") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+        assert text.startswith("# "), "every preset says what it is for"
 
 
 @pytest.mark.parametrize(
@@ -46,8 +62,11 @@ def test_presets_grow():
         ("[training]\nseed = -1\n", "seed must be at least 0", None),
         ("[training]\nvalidation_batches = 0\n", "validation_batches must be at least 1", None),
         ('[training]\noptimizer = "sgd"\n', "unknown optimizer 'sgd'", "muon or adamw"),
-        ('[training]\ndtype = "fp16"\n', "fp16 would need its losses scaled", "bf16 or fp32"),
-        ('[training]\ndtype = "float8"\n', "unknown dtype 'float8'", "auto, fp32 or bf16"),
+        ('[training]\ndtype = "float8"\n', "unknown dtype 'float8'", "auto, fp32, bf16 or fp16"),
+        ('[training]\nparallel = "tp"\n', "unknown way to be parallel 'tp'", "auto, ddp or fsdp"),
+        ("[training]\naccumulate = 0\n", "accumulate must be at least 1", None),
+        ("[training]\naccumulate = 5\nbatch_size = 4\n", "a batch of 4 cannot be computed in 5 parts", None),
+        ("[flow]\nfine_shift = 0.0\n", "std and shift above 0", None),
         ("[flow]\nstart_noise = 0.0\n", "start_noise must be above 0", None),
         ("[training\n", r"bad\.toml: .*line 1", None),
     ],
@@ -70,6 +89,13 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path):
     with pytest.raises(ConfigError, match="unknown preset 'huge'") as caught:
         load_preset("huge")
     assert "nano" in caught.value.hint
+
+
+def test_the_resolution_shift_moves_times_towards_noise():
+    flow = FlowConfig(base_shift=2.0)
+    means = [density.sample(4000, torch.Generator().manual_seed(0)).mean() for density in flow.densities()]
+    plain = [density.sample(4000, torch.Generator().manual_seed(0)).mean() for density in FlowConfig().densities()]
+    assert means[0] < plain[0] - 0.05 and means[1] == plain[1]
 
 
 def test_whole_numbers_stand_for_fractions(tmp_path):

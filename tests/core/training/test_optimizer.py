@@ -104,7 +104,7 @@ def test_state_goes_through_tensors(name):
     take_steps(stopped, first, 0, 2)
     resumed.load_state_dict(stopped.state_dict())
     second = optimizer(resumed, name)
-    second.load_state_tensors(first.state_tensors())
+    second.load_state_tensors(first.state_tensors().items())
     take_steps(resumed, second, 2, 4)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
     forgetful = model()
@@ -120,7 +120,7 @@ def test_loaded_state_is_a_copy():
     tensors = {name: value.clone() for name, value in part.state_tensors().items()}
     other = model()
     second = optimizer(other)
-    second.load_state_tensors(tensors)
+    second.load_state_tensors(tensors.items())
     before = {name: value.clone() for name, value in tensors.items()}
     take_steps(other, second, 1, 2)
     assert all(torch.equal(tensors[name], before[name]) for name in tensors)

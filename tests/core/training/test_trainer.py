@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from physformer_core.config import load_preset
+from physformer_core.data.loader import BatchStream
 from physformer_core.errors import CheckpointError, ConfigError, OutputError
 from physformer_core.training import checkpoint
 from physformer_core.training.checkpoint import list_checkpoints, load_training_state
@@ -132,6 +133,16 @@ def test_killed_and_resumed_equals_straight(scene_set, killed, final, moment):
     assert trainer.run()
     assert same_state(trainer.checkpoint_dir / "step-00000008", final)
     assert names(trainer) == ["step-00000004", "step-00000008"], "what was half-written is gone"
+
+
+def test_half_a_line_of_a_killed_run_is_cut_off(scene_set, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]) + '{"step": 5, "los')
+    trainer = make(scene_set, tmp_path / "run")
+    trainer.resume(trainer.checkpoint_dir / "step-00000004")
+    trainer.run()
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 9))
 
 
 def test_other_steps_differ(straight):
@@ -276,11 +287,13 @@ def test_validation_with_fewer_held_out_than_a_batch(scene_set, tmp_path):
 def test_divergence_is_told_with_its_step(scene_set, tmp_path):
     trainer = make(scene_set, tmp_path, lr=1e30, muon_lr=1e30, steps=40, checkpoint_every=40, validate_every=40)
     with pytest.raises(
-        TrainingDiverged, match=rf"{MAX_BAD_STEPS} steps in a row, up to step \d+ \(examples "
+        TrainingDiverged, match=rf"{MAX_BAD_STEPS} steps in a row, up to step \d+ \(examples .*checkpoint is none"
     ) as caught:
         trainer.run()
     assert "lower learning rate" in caught.value.hint
     assert f"up to step {trainer.step} " in caught.value.message and trainer.skipped == MAX_BAD_STEPS
+    batch = BatchStream(trainer.shards, seed=0, batch_size=4, crop_fraction=0.5).batch(trainer.step)
+    assert all(trainer.shards.example_key(batch.kind, one) in caught.value.message for one in batch.indices.tolist())
 
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
@@ -293,19 +306,107 @@ def test_one_bad_step_is_skipped(scene_set, tmp_path):
     trainer = make(scene_set, tmp_path, steps=3)
     objective, weights = trainer.objective, []
 
-    def spoiled(model, batch, generator):
+    def spoiled(model, batch, draws):
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        losses = objective(model, batch, generator)
+        losses = objective(model, batch, draws)
         if batch.step == 1:
             losses.mean = losses.mean * float("nan")
         return losses
 
+    spoiled.draw = objective.draw
     trainer.objective = spoiled
     trainer.validate = dict
     trainer.run()
     assert trainer.skipped == 1
     assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
     assert load_training_state(trainer.checkpoint_dir / "step-00000003").metadata["skipped"] == 1
+
+
+def test_a_batch_in_parts_is_the_same_step(scene_set, tmp_path):
+    options = {"batch_size": 5, "dtype": "fp32", "steps": 3, "sample_every": 0, "checkpoint_every": 3}
+    whole = make(scene_set, tmp_path / "whole", **options)
+    parts = make(scene_set, tmp_path / "parts", accumulate=3, **options)
+    curves = []
+    for trainer in (whole, parts):
+        reports = []
+        trainer.on_report = reports.append
+        trainer.run()
+        curves.append([report.losses | report.level_losses | report.time_losses for report in reports])
+    for expected, found in zip(*curves, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(scene_set, tmp_path):
+    gradients = []
+    for on in (False, True):
+        trainer = make(scene_set, tmp_path, gradient_checkpointing=on, dtype="fp32", sample_every=0)
+        for weight in trainer.model.parameters():
+            if not weight.any():  # gates start at zero, and would hide what is behind them
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(weight.numel()))
+        stream = BatchStream(trainer.shards, seed=0, batch_size=4, crop_fraction=0.5)
+        for step in (0, 1):
+            batch = stream.batch(step)
+            draws = trainer.objective.draw(batch, torch.Generator().manual_seed(step))
+            trainer.gradients.compute(trainer.objective, batch, draws, trainer.optimizer)
+        gradients.append([p.grad.clone() for p in trainer.model.parameters()])
+    assert all(grad.any() for grad in gradients[0])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_fp16_scales_the_loss_and_remembers_by_how_much(scene_set, tmp_path):
+    options = {"dtype": "fp16", "sample_every": 0, "validate_every": 1000}
+    plain = make(scene_set, tmp_path / "plain", **options | {"dtype": "fp32"})
+    half = make(scene_set, tmp_path / "half", **options)
+    assert half.gradients.scaler.is_enabled() and not plain.gradients.scaler.is_enabled()
+    compute = half.gradients.compute
+
+    def overflowing(objective, batch, draws, optimizer):
+        if batch.step == 2:
+            batch.pixels_bchw.fill_(float("inf"))
+        return compute(objective, batch, draws, optimizer)
+
+    half.gradients.compute = overflowing
+    first, second = [], []
+    plain.on_report, half.on_report = first.append, second.append
+    plain.run()
+    half.run()
+    assert half.skipped == 1 and half.gradients.scaler.get_scale() == 2.0**15
+    assert all(p.dtype == torch.float32 for p in half.model.parameters())
+    for before, after in zip(first[:2], second[:2], strict=True):
+        assert after.losses == pytest.approx(before.losses, rel=0.01)
+
+    again = make(scene_set, tmp_path / "half", **options)
+    again.resume("auto")
+    assert again.gradients.scaler.state_dict() == half.gradients.scaler.state_dict() and again.skipped == 1
+    # A run goes on in another format.
+    make(scene_set, tmp_path / "half", **options | {"dtype": "fp32", "steps": 9}).resume("auto")
+
+
+def test_fp16_in_parts_killed_and_resumed_equals_straight(scene_set, tmp_path):
+    options = {"dtype": "fp16", "accumulate": 2, "sample_every": 0, "validate_every": 1000}
+    make(scene_set, tmp_path / "straight", **options).run()
+    stopped = make(scene_set, tmp_path / "stopped", **options)
+    stopped.on_step = lambda step: stopped.request_stop() if step == 3 else None
+    stopped.run()
+    resumed = make(scene_set, tmp_path / "stopped", **options)
+    resumed.resume("auto")
+    resumed.run()
+    assert same_state(*(tmp_path / name / "checkpoints" / "step-00000008" for name in ("straight", "stopped")))
+
+
+def test_losses_are_told_by_level_and_by_time(straight):
+    records = [json.loads(line) for line in (straight / "log.jsonl").read_text().splitlines()]
+    for record in records:
+        (kind,) = (name for name in record["losses"] if not name.startswith("validation_"))
+        levels, times = record["level_losses"], record["time_losses"]
+        assert levels.keys() == {"0"} if kind == "base" else "0" not in levels
+        assert times and all(name.startswith(f"{kind} 0.") for name in times)
+        # One step of four examples: the loss is a mean of theirs, however they are told apart.
+        assert min(levels.values()) - 1e-6 <= record["losses"][kind] <= max(levels.values()) + 1e-6
+        assert min(times.values()) - 1e-6 <= record["losses"][kind] <= max(times.values()) + 1e-6
 
 
 def test_init_from(scene_set, final, tmp_path):

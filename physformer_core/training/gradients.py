@@ -1,0 +1,148 @@
+"""One step's gradients: computed in parts, in a chosen precision, alone or with other ranks, and always the same.
+
+The loss of a step is the mean over its global batch. However that is divided (over ranks, and on each of them over
+``accumulate`` parts), the gradients are those of one process that takes it whole, up to the rounding of float32 sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from physformer_core.data.loader import Batch
+from physformer_core.errors import ConfigError
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
+from physformer_core.training.distributed import Ranks, whole
+from physformer_core.training.objective import Draws, FlowObjective, Losses
+from physformer_core.training.optimizer import Optimizer
+
+
+class _LossModule(nn.Module):
+    """The network and its loss as one module: what DDP watches is all that happens between weights and loss."""
+
+    def __init__(self, model: PhysFormerTransformer2DModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, objective: FlowObjective, batch: Batch, draws: Draws) -> Losses:
+        return objective(self.model, batch, draws)
+
+
+class Gradients:
+    """Computes losses and gradients of global batches.
+
+    Args:
+        model: On its device; divided already if ``parallel`` is ``fsdp``.
+        device, dtype: Where, and the arithmetic of matrix products. In float16 the loss is scaled by a factor that
+            halves whenever a gradient overflows and doubles after 2,000 steps without (Micikevicius et al. 2018,
+            https://arxiv.org/abs/1710.03740).
+        parallel: ``none``, ``ddp`` or ``fsdp``.
+        ranks: This process among the others.
+        accumulate: Parts that each rank divides its share of a batch into.
+        clip: Largest gradient norm.
+
+    Raises:
+        ConfigError: float16 on a device whose loss cannot be scaled.
+    """
+
+    def __init__(
+        self,
+        model: PhysFormerTransformer2DModel,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        parallel: str,
+        ranks: Ranks,
+        accumulate: int,
+        clip: float,
+    ) -> None:
+        if dtype == torch.float16 and device.type not in ("cuda", "cpu"):
+            raise ConfigError(f"training in fp16 needs loss scaling, which {device.type} has not", hint="--dtype fp32")
+        self._model, self._device, self._dtype = model, device, dtype
+        self._ranks, self._accumulate, self._clip = ranks, accumulate, clip
+        self._module = _LossModule(model)
+        self._copied: DistributedDataParallel | None = None
+        if parallel == "ddp":
+            self._copied = DistributedDataParallel(self._module, gradient_as_bucket_view=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """In which the network computes; its weights stay float32."""
+        if self._dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=self._dtype)
+
+    def restore_scale(self, state: dict[str, Any]) -> None:
+        """Sets the loss scale as ``scaler.state_dict()`` gave it; without effect where losses are not scaled."""
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state)
+
+    @torch.no_grad()
+    def loss(self, objective: FlowObjective, batch: Batch, draws: Draws) -> float:
+        """The mean loss of a global batch of which ``batch`` is this rank's part; all ranks must call it."""
+        with self.autocast():
+            losses = self._module(objective, batch.to(self._device), draws)
+        share = losses.mean.double().cpu() * (batch.count / batch.total)
+        return float(self._ranks.sum(share))
+
+    def compute(self, objective: FlowObjective, batch: Batch, draws: Draws, optimizer: Optimizer) -> StepLosses:
+        """Losses of this rank's part of a global batch; gradients of the whole of it, clipped, are left in the weights.
+
+        Args:
+            objective: The loss.
+            batch: This rank's part, on the CPU.
+            draws: Of the global batch.
+            optimizer: Whose gradients are to be scaled back in float16.
+        """
+        parts = batch.parts(self._accumulate)
+        done = []
+        for number, part in enumerate(parts):
+            with self._exchanging(last=number == len(parts) - 1), self.autocast():
+                module = self._copied if self._copied is not None else self._module
+                losses = module(objective, part.to(self._device), draws)
+                # The ranks' gradients are averaged.
+                share = part.count / part.total * self._ranks.world_size
+                self.scaler.scale(losses.mean * share).backward()
+            done.append((part, losses))
+        for optimizer_part, _ in optimizer.parts:
+            self.scaler.unscale_(optimizer_part)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip))
+        self.scaler.update()
+        return StepLosses(done, norm)
+
+    def _exchanging(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Lets the ranks exchange gradients after the last part alone."""
+        if isinstance(self._model, FSDPModule):
+            self._model.set_requires_gradient_sync(last)
+        elif self._copied is not None and not last:
+            return self._copied.no_sync()
+        return contextlib.nullcontext()
+
+
+class StepLosses:
+    """What this rank computed in one step. Everything is detached and stays on the device, so that no step waits.
+
+    Args:
+        parts: Batches and their losses.
+        norm: Of the gradients of the whole batch, before clipping.
+
+    Attributes:
+        mean: This rank's share of the global batch's mean loss: the ranks' sum is that.
+        per_example, time, level: [B] over this rank's examples.
+        statistics: See `Losses.statistics`; means over the parts.
+    """
+
+    def __init__(self, parts: list[tuple[Batch, Losses]], norm: Tensor) -> None:
+        self.norm = norm.detach()
+        means = [losses.mean.detach() * (batch.count / batch.total) for batch, losses in parts]
+        self.mean = torch.stack(means).sum()
+        self.per_example = torch.cat([losses.per_example for _, losses in parts])
+        self.time = torch.cat([losses.time for _, losses in parts])
+        self.level = torch.cat([batch.level_b for batch, _ in parts])
+        names = parts[0][1].statistics
+        self.statistics = {name: torch.stack([losses.statistics[name] for _, losses in parts]).mean() for name in names}

@@ -1,0 +1,59 @@
+"""What a run's log says besides the loss: operations, share of the machine's matrix peak, memory, sizes of things."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from physformer_core.data.loader import Batch
+from physformer_core.model.flops import training_flops
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
+from physformer_core.training.optimizer import NEWTON_SCHULZ_STEPS, split_parameters
+
+
+class WorkMeter:
+    """Counts the matrix operations of training steps, and says what share of the machine's peak they are.
+
+    Args:
+        model: The network that is trained.
+        optimizer: ``muon`` or ``adamw``.
+        peak: Operations per second of the machine, from `physformer_core.hardware.matrix_peak`.
+    """
+
+    def __init__(self, model: PhysFormerTransformer2DModel, optimizer: str, peak: float) -> None:
+        self.peak = peak
+        self._model = model
+        matrices = split_parameters(model)[0].values() if optimizer == "muon" else ()
+        self._update = sum(newton_schulz_flops(matrix) for matrix in matrices)
+        self._of_shape = functools.cache(functools.partial(_picture_flops, model))
+
+    def step(self, batch: Batch) -> int:
+        """Operations of a step: a batch's forward and backward pass, and the optimizer."""
+        return batch.pixels_bchw.shape[0] * self._of_shape(*_shape(self._model, batch)) + self._update
+
+
+def batch_flops(model: PhysFormerTransformer2DModel, batch: Batch) -> int:
+    """Operations of forward and backward on one batch."""
+    return batch.pixels_bchw.shape[0] * _picture_flops(model, *_shape(model, batch))
+
+
+def newton_schulz_flops(matrix: Tensor) -> int:
+    """Orthogonalising an m x n matrix, m <= n: per iteration X X^T (2 m^2 n), its square (2 m^3), that times X."""
+    m, n = sorted(matrix.shape)
+    return NEWTON_SCHULZ_STEPS * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
+
+
+def _shape(model: PhysFormerTransformer2DModel, batch: Batch) -> tuple[int, int, int]:
+    """Height and width in tokens, and tokens of a prompt."""
+    _, _, height, width = batch.pixels_bchw.shape
+    patch = model.config.patch_size
+    # Dropped prompts become the null prompt, for which room is made.
+    tokens = max(batch.prompt_embeds_btd.shape[1], model.config.null_tokens)
+    return height // patch, width // patch, tokens
+
+
+def _picture_flops(model: torch.nn.Module, height: int, width: int, tokens: int) -> int:
+    assert isinstance(model, PhysFormerTransformer2DModel)
+    return training_flops(model, height, width, tokens)
