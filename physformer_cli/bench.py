@@ -1,22 +1,56 @@
-"""`physformer bench`: what an evaluation costs, and how the cost grows."""
+"""`physformer bench`: what attention, a network, a picture and a training step cost, and how the cost grows."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from physformer_cli import console
-from physformer_core.errors import ConfigError
+from physformer_cli import bench_show, console
 
-app = typer.Typer(no_args_is_help=True, help="Measure time and memory, and how they grow with the picture.")
+if TYPE_CHECKING:
+    from physformer_core.benchmark.campaign import Campaign
 
-MODEL_EPILOG = """Examples:
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Measure time, memory, operations and their growth, beside other transformers in the same run.",
+)
 
-    physformer bench model
+SIZES = "512x512,720p,1080p,4k"
+PICTURES = "512x512,720p"
 
-    physformer bench model --tokens 1024,4096,16384 --backend dense --json
-"""
+PresetOption = Annotated[str, typer.Option(help="Whose sizes are taken, with random weights.")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option(help="Measure this checkpoint, quantized ones too, instead of a preset.")
+]
+ResOption = Annotated[
+    str | None,
+    typer.Option(help="Picture sizes, separated by commas: names (720p, 4k) or WIDTHxHEIGHT.", show_default=SIZES),
+]
+TokensOption = Annotated[str | None, typer.Option(help="Numbers of tokens instead, 16:9, separated by commas.")]
+BatchOption = Annotated[str, typer.Option(help="Pictures at once, separated by commas.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16; several are separated by commas.")]
+BackendOption = Annotated[
+    str, typer.Option(help="Our attention backend: auto, halo, dense, reference or, on CUDA, flex.")
+]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Timed runs of each case, after a warm-up.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+LimitOption = Annotated[
+    int, typer.Option(min=0, help="Tokens above which dense attention is extrapolated from its fit, not run.")
+]
+PlotOption = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", help="Draw time and memory over the size, on logarithmic axes.")
+]
+BaselineOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Compare with an earlier report (--json > FILE); needs --max-regression."),
+]
+RegressionOption = Annotated[
+    str | None,
+    typer.Option(metavar="PERCENT", help="Exit with 3 if time or memory is worse than the baseline by more: 10%."),
+]
 
 
 def register(parent: typer.Typer) -> None:
@@ -24,70 +58,341 @@ def register(parent: typer.Typer) -> None:
     parent.add_typer(app, name="bench")
 
 
-@app.command("model", epilog=MODEL_EPILOG)
-def model(
-    preset: Annotated[str, typer.Option(help="Whose model is measured (with random weights).")] = "nano",
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1024,8192,32768,129600",
-    backend: Annotated[str, typer.Option(help="Attention backend: auto, halo, dense or reference.")] = "auto",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed evaluations of each size, after a warm-up.")] = 3,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+@app.command("attention")
+def attention(
+    preset: PresetOption = "nano",
+    checkpoint: CheckpointOption = None,
+    res: ResOption = None,
+    tokens: TokensOption = None,
+    peers: Annotated[
+        str, typer.Option(help="Beside ours: dense, sana, natten, flex, separated by commas, or all.")
+    ] = "",
+    batch: BatchOption = "1",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+    repeats: RepeatsOption = 3,
+    dense_limit: LimitOption = 33_000,
+    device: DeviceOption = "auto",
+    plot: PlotOption = None,
+    baseline: BaselineOption = None,
+    max_regression: RegressionOption = None,
     json_output: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
 ) -> None:
-    """Time and peak memory of one network evaluation over picture sizes, with the exponents of their growth.
+    """Measure one attention layer with its projections.
 
-    Every size runs in a fresh process. An exponent of 1 is linear: twice the pixels, twice the cost.
+    [bold]Examples[/bold]
+
+      physformer bench attention
+
+      physformer bench attention --peers all --res 512x512,720p --plot attention.png
     """
-    sizes = _parse_tokens(tokens)
-    from physformer_core.benchmark import EvaluationCase, field_shape, fit_power_law, machine, measure_all
+    from physformer_core.benchmark.campaign import Campaign
+    from physformer_core.benchmark.cases import ATTENTION_PEERS
 
-    shapes = [field_shape(count) for count in sizes]
-    cases = [
-        EvaluationCase(preset=preset, backend=backend, height=h, width=w, dtype=dtype, device=device, repeats=repeats)
-        for h, w in shapes
-    ]
+    campaign = Campaign(
+        what="attention",
+        sizes=_sizes(res, tokens, preset, checkpoint),
+        peers=_names(peers, ATTENTION_PEERS),
+        preset=preset,
+        checkpoint=checkpoint,
+        backend=backend,
+        batches=_numbers("--batch", batch),
+        dtypes=_split(dtype),
+        device=device,
+        repeats=repeats,
+        quadratic_limit=dense_limit,
+    )
+    with bench_show.session(
+        "bench attention", campaign, plot=plot, baseline=baseline, limit=max_regression, no_record=no_record
+    ) as show:
+        show.finish(_measure(campaign), as_json=json_output)
+
+
+@app.command("model")
+def model(
+    preset: PresetOption = "nano",
+    checkpoint: CheckpointOption = None,
+    res: ResOption = None,
+    tokens: TokensOption = None,
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="Beside ours: global (ours with dense attention), dense (PixArt), sana, separated by commas, or all."
+        ),
+    ] = "",
+    batch: BatchOption = "1",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+    repeats: RepeatsOption = 3,
+    dense_limit: LimitOption = 33_000,
+    device: DeviceOption = "auto",
+    find_batch_size: Annotated[
+        bool, typer.Option("--find-batch-size", help="Find the largest batch of the first size that fits into memory.")
+    ] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="With --find-batch-size: GB that a batch may need.", show_default="80 % of what is free"),
+    ] = None,
+    plot: PlotOption = None,
+    baseline: BaselineOption = None,
+    max_regression: RegressionOption = None,
+    json_output: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """Measure one evaluation of the network.
+
+    Every contender has a process of its own, so that its peak memory is its own; they run in turn. An exponent of 1 is
+    linear: twice the pixels, twice the cost.
+
+    [bold]Examples[/bold]
+
+      physformer bench model
+
+      physformer bench model --peers global,sana --res 512x512,720p,1080p,4k --plot growth.png
+
+      physformer bench model --res 720p --find-batch-size --memory 4
+
+      physformer bench model --res 512x512 --json > baseline.json
+
+      physformer bench model --res 512x512 --baseline baseline.json --max-regression 10%
+    """
+    from physformer_core.benchmark.campaign import Campaign, largest_batch
+    from physformer_core.benchmark.cases import MODEL_PEERS
+    from physformer_core.errors import ConfigError
+
+    if memory is not None and not find_batch_size:
+        raise ConfigError("--memory has no effect without --find-batch-size", hint="add --find-batch-size")
+    campaign = Campaign(
+        what="model",
+        sizes=_sizes(res, tokens, preset, checkpoint),
+        peers=_names(peers, MODEL_PEERS),
+        preset=preset,
+        checkpoint=checkpoint,
+        backend=backend,
+        batches=_numbers("--batch", batch),
+        dtypes=_split(dtype),
+        device=device,
+        repeats=repeats,
+        quadratic_limit=dense_limit,
+    )
+    if find_batch_size:
+        # What has nothing to compare or to draw must not look as if it did.
+        for option, given in (("--peers", peers), ("--plot", plot), ("--baseline", baseline)):
+            if given:
+                raise ConfigError(f"{option} has no effect with --find-batch-size", hint=f"leave {option} out")
+    with bench_show.session(
+        "bench model", campaign, plot=plot, baseline=baseline, limit=max_regression, no_record=no_record
+    ) as show:
+        if find_batch_size:
+            with console.progress() as add:
+                task = add("finding the largest batch", unit="tries")
+
+                def on_try(count: int) -> None:
+                    task.describe(f"trying a batch of {count}")
+                    task.advance()
+
+                limit = None if memory is None else round(memory * 1e9)
+                found = largest_batch(campaign, limit_bytes=limit, on_try=on_try)
+            bench_show.show_batch(campaign, found, as_json=json_output)
+            return
+        show.finish(_measure(campaign), as_json=json_output)
+
+
+@app.command("generate")
+def generate(
+    preset: PresetOption = "nano",
+    checkpoint: CheckpointOption = None,
+    res: Annotated[str, typer.Option(help="Picture sizes, separated by commas.")] = PICTURES,
+    batch: BatchOption = "1",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+    repeats: RepeatsOption = 3,
+    device: DeviceOption = "auto",
+    plot: PlotOption = None,
+    baseline: BaselineOption = None,
+    max_regression: RegressionOption = None,
+    json_output: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """Measure a picture from prompt to pixels, with the default steps: text encoder, every level, decoding.
+
+    [bold]Examples[/bold]
+
+      physformer bench generate
+
+      physformer bench generate --res 720p,4k --repeats 1
+    """
+    from physformer_core.benchmark.campaign import Campaign, sizes_from
+
+    campaign = Campaign(
+        what="generate",
+        sizes=sizes_from(res=_split(res)),
+        preset=preset,
+        checkpoint=checkpoint,
+        backend=backend,
+        batches=_numbers("--batch", batch),
+        dtypes=_split(dtype),
+        device=device,
+        repeats=repeats,
+    )
+    with bench_show.session(
+        "bench generate", campaign, plot=plot, baseline=baseline, limit=max_regression, no_record=no_record
+    ) as show:
+        show.finish(_measure(campaign), as_json=json_output)
+
+
+@app.command("train")
+def train(
+    preset: Annotated[str, typer.Option(help="What is trained.")] = "nano",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="A set from `physformer data preprocess`.", show_default="a small one, composed for it"),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.", show_default="preset")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 24,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps of each before: compiling, filling caches.")] = 12,
+    dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.", show_default="preset")] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Whether ours is compiled.", show_default="preset")
+    ] = None,
+    device: DeviceOption = "auto",
+    baseline: BaselineOption = None,
+    max_regression: RegressionOption = None,
+    json_output: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """Measure our training step beside a plain eager trainer over diffusers' dense transformer (PixArt).
+
+    Both have the same number of parameters and the same batches, and train by turns in one process.
+
+    [bold]Examples[/bold]
+
+      physformer bench train
+
+      physformer bench train --data-dir data/nano --steps 40 --json
+    """
+    options = {"batch_size": batch_size, "dtype": dtype, "compile": compile}
+    config = {"preset": preset, "data_dir": data_dir, "steps": steps, "warmup": warmup, "device": device, **options}
+    with bench_show.session(
+        "bench train", config, plot=None, baseline=baseline, limit=max_regression, no_record=no_record
+    ) as show:
+        report = _train(preset, data_dir, steps=steps, warmup=warmup, device=device, **options)
+        show.finish(report, as_json=json_output)
+
+
+@app.command("all")
+def everything(
+    preset: PresetOption = "nano",
+    res: Annotated[str, typer.Option(help="Sizes for attention, model and generate.")] = PICTURES,
+    peers: Annotated[bool, typer.Option("--peers", help="Measure every peer that runs here as well.")] = False,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="A set from `physformer data preprocess`.", show_default="a small one, composed for it"),
+    ] = None,
+    repeats: RepeatsOption = 3,
+    device: DeviceOption = "auto",
+    plot: PlotOption = None,
+    baseline: BaselineOption = None,
+    max_regression: RegressionOption = None,
+    json_output: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """Measure attention, model, generate and train, one after the other, into one report.
+
+    [bold]Examples[/bold]
+
+      physformer bench all --json > baseline.json
+
+      physformer bench all --baseline baseline.json --max-regression 10%
+    """
+    from physformer_core.benchmark.campaign import Campaign
+    from physformer_core.benchmark.cases import ATTENTION_PEERS, MODEL_PEERS
+    from physformer_core.benchmark.report import merge_reports
+
+    config = {"preset": preset, "res": res, "peers": peers, "data_dir": data_dir, "repeats": repeats, "device": device}
+    with bench_show.session(
+        "bench all", config, plot=plot, baseline=baseline, limit=max_regression, no_record=no_record
+    ) as show:
+        parts = []
+        for what, others in (("attention", ATTENTION_PEERS), ("model", MODEL_PEERS), ("generate", ())):
+            sizes = _sizes(res, None, preset, None, pixels=what == "generate")
+            parts.append(
+                _measure(
+                    Campaign(
+                        what=what,
+                        sizes=sizes,
+                        peers=others if peers else (),
+                        preset=preset,
+                        repeats=repeats,
+                        device=device,
+                    )
+                )
+            )
+        parts.append(_train(preset, data_dir, steps=24, warmup=12, device=device))
+        show.finish(merge_reports(parts), as_json=json_output)
+
+
+def _measure(campaign: Campaign) -> dict[str, Any]:
+    from physformer_core.benchmark.campaign import run_campaign
+
     with console.progress() as add:
-        task = add("measuring", total=len(cases), unit="sizes")
-        results = measure_all(cases, lambda _: task.advance())
-    report: dict[str, Any] = {
-        "preset": preset,
-        "backend": backend,
-        "machine": machine(),
-        "sizes": [{**vars(result), "height": h, "width": w} for result, (h, w) in zip(results, shapes, strict=True)],
-    }
-    if len(results) > 1:
-        counts = [result.tokens for result in results]
-        for name, values in (
-            ("time", [result.seconds for result in results]),
-            ("memory", [float(max(result.peak_bytes, 1)) for result in results]),
-        ):
-            report[name] = vars(fit_power_law(counts, values))
-    if json_output:
-        console.print_json(report)
-        return
-    rows = [
-        [
-            f"{result.tokens:,}",
-            f"{h}x{w}",
-            f"{result.seconds:.3f} s",
-            f"{result.spread:.3f} s",
-            console.human_size(result.peak_bytes),
-        ]
-        for result, (h, w) in zip(results, shapes, strict=True)
-    ]
-    console.print_table(["tokens", "rows x columns", "median time", "spread", "peak memory"], rows)
-    for name in ("time", "memory"):
-        if name in report:
-            fit = report[name]
-            typer.echo(f"{name} grows as tokens^{fit['exponent']:.2f} (95 %: +-{fit['half_width']:.2f})")
+        task = add(f"measuring {campaign.what}", total=campaign.runs(), unit="runs")
+
+        def on_run(case: Any) -> None:
+            task.describe(f"{case.contender}, {case.width}x{case.height}")
+            task.advance()
+
+        report = run_campaign(campaign, on_run=on_run)
+        task.update(campaign.runs())
+    return report
 
 
-def _parse_tokens(text: str) -> list[int]:
-    """Rising token counts from a comma list."""
+def _train(
+    preset: str, data_dir: Path | None, *, steps: int, warmup: int, device: str, **options: Any
+) -> dict[str, Any]:
+    import contextlib
+    import tempfile
+
+    from physformer_core.benchmark.training import compose_data, measure_training
+    from physformer_core.config import load_preset
+
+    config = load_preset(preset).override("training", **options)
+    with contextlib.ExitStack() as stack:
+        if data_dir is None:
+            console.say("composing a small set of scenes to train on")
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="physformer-bench-"))
+            data_dir = compose_data(Path(folder))
+        add = stack.enter_context(console.progress())
+        task = add("training by turns", total=steps + warmup, unit="steps")
+        return measure_training(
+            config, data_dir, preset=preset, steps=steps, warmup=warmup, device=device, on_step=task.update
+        )
+
+
+def _sizes(
+    res: str | None, tokens: str | None, preset: str, checkpoint: Path | None, *, pixels: bool = False
+) -> tuple[tuple[int, int], ...]:
+    from physformer_core.benchmark.campaign import patch_size, sizes_from
+
+    if tokens is not None:
+        return sizes_from(res=() if res is None else _split(res), tokens=_numbers("--tokens", tokens))
+    return sizes_from(res=_split(res or SIZES), patch=1 if pixels else patch_size(preset, checkpoint))
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    return known if text.strip() == "all" else _split(text)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers from a comma list, rising."""
+    from physformer_core.errors import ConfigError
+
     try:
-        sizes = [int(part) for part in text.split(",")]
+        return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        raise ConfigError(f"--tokens '{text}' is not a list of whole numbers", hint="e.g. --tokens 1024,4096") from None
-    if min(sizes) < 64:
-        raise ConfigError(f"--tokens {min(sizes)} is too small to measure", hint="64 tokens or more")
-    return sizes
+        raise ConfigError(f"{option} '{text}' is not a list of whole numbers", hint=f"e.g. {option} 1,4") from None

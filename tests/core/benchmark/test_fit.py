@@ -1,12 +1,10 @@
-"""The arithmetic of the benchmark, and one real measurement of a tiny model."""
+"""The arithmetic of growth."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from physformer_core.benchmark import EvaluationCase, field_shape, fit_power_law, measure_all
+from physformer_core.benchmark.fit import field_shape, fit_power_law
 from physformer_core.errors import ConfigError
 
 
@@ -16,19 +14,26 @@ def test_fit_finds_the_exponent_of_an_exact_power_law() -> None:
     assert fit.exponent == pytest.approx(1.25)
     assert fit.factor == pytest.approx(3e-6)
     assert fit.half_width == pytest.approx(0, abs=1e-6)
+    assert fit.at(128_000) == pytest.approx(3e-6 * 128_000**1.25)
 
 
 def test_interval_covers_the_scatter() -> None:
     tokens = [1_000, 4_000, 16_000, 64_000]
     fit = fit_power_law(tokens, [n * factor for n, factor in zip(tokens, (1.0, 1.3, 0.8, 1.1), strict=True)])
-    assert 0 < fit.half_width < 1
+    assert fit.half_width is not None and 0 < fit.half_width < 1
     assert abs(fit.exponent - 1) < fit.half_width
 
 
 def test_two_sizes_have_no_interval_and_one_no_fit() -> None:
-    assert math.isnan(fit_power_law([1, 2], [1, 2]).half_width)
-    with pytest.raises(ConfigError, match="two sizes"):
-        fit_power_law([1], [1])
+    assert fit_power_law([1, 2], [1, 2]).half_width is None
+    for tokens in ([1], [2, 2]):
+        with pytest.raises(ConfigError, match="two sizes"):
+            fit_power_law(tokens, [1] * len(tokens))
+
+
+def test_a_cost_of_nothing_has_no_power_law() -> None:
+    with pytest.raises(ConfigError, match="no cost of 0"):
+        fit_power_law([1, 2], [0, 1])
 
 
 @pytest.mark.parametrize("tokens", [64, 1_000, 14_400, 129_600])
@@ -36,14 +41,3 @@ def test_fields_have_the_size_and_aspect_asked_for(tokens: int) -> None:
     height, width = field_shape(tokens)
     assert height * width == pytest.approx(tokens, rel=0.05)
     assert width / height == pytest.approx(16 / 9, rel=0.2)
-
-
-def test_larger_fields_take_more_memory() -> None:
-    cases = [
-        EvaluationCase(preset="debug", backend="halo", height=h, width=w, device="cpu", repeats=1)
-        for h, w in ((16, 16), (64, 64))
-    ]
-    small, large = measure_all(cases)
-    assert small.tokens == 256 and large.tokens == 4096
-    assert small.seconds > 0 and large.seconds > 0
-    assert large.peak_bytes > small.peak_bytes

@@ -1,0 +1,240 @@
+"""Our training step beside a plain trainer's over diffusers' dense transformer, step about, on the same batches.
+
+The peer is what a tutorial would write: PixArtTransformer2DModel of our width and as many blocks as bring it nearest
+to our number of parameters, eager, AdamW, gradient clipping, a flow-matching loss, autocast where ours has it. It is
+handed its batches ready made, and keeps no average of its weights; ours is the product's own `Trainer`, with its input
+pipeline, compiling, Muon and average. So what differs speaks for the peer, but for compiling and the network itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from physformer_core.benchmark.machine import MachinePeak, machine_facts, wait_for
+from physformer_core.benchmark.networks import evaluate_peer, peer_network
+from physformer_core.benchmark.report import FORMAT, peak_facts
+from physformer_core.config import RunConfig
+from physformer_core.data.loader import Batch, BatchStream
+from physformer_core.errors import ConfigError
+from physformer_core.hardware import DTYPES
+from physformer_core.training.trainer import StepReport, Trainer, model_arguments
+from physformer_core.training.watching import WorkMeter
+
+SCENES = 256
+"""Scenes that are composed when no data are given: more than a batch, few enough to take seconds."""
+
+_BLOCK = 4
+"""Steps of one before it is the other's turn."""
+
+
+@dataclass
+class _Clock:
+    """Seconds of every timed step, what of them was waiting for data, and the operations they did."""
+
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    waited: float = 0.0
+    flops: list[int] = dataclasses.field(default_factory=list)
+
+
+def compose_data(folder: Path) -> Path:
+    """A small preprocessed set of scenes below ``folder``, for when there is no other."""
+    from physformer_core.data.preprocess import preprocess
+    from physformer_core.data.preprocess_config import PreprocessConfig
+    from physformer_core.data.scenes import fetch_scenes
+
+    fetch_scenes(folder / "raw", count=SCENES, seed=0)
+    preprocess(folder / "raw", folder / "set", config=PreprocessConfig())
+    return folder / "set"
+
+
+def peer_layers(config: dict[str, Any], parameters: int) -> int:
+    """Blocks of the dense peer that bring it nearest to so many parameters.
+
+    Args:
+        config: Arguments of our network, text width included.
+        parameters: Of our network.
+    """
+    with torch.device("meta"):
+        one, two = (sum(p.numel() for p in peer_network("dense", config, layers).parameters()) for layers in (1, 2))
+    return max(1, 1 + round((parameters - one) / (two - one)))
+
+
+class PlainTrainer:
+    """An eager trainer over diffusers' dense transformer.
+
+    Args:
+        network: From `peer_network`.
+        device: Where.
+        dtype: Of autocast; float32 for none.
+        lr: Of AdamW.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype, lr: float) -> None:
+        self.network = network.to(device).train()
+        self.device, self.dtype = device, dtype
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """One step on a batch on the device; returns the loss."""
+        sharp, count = batch.pixels_bchw, batch.pixels_bchw.shape[0]
+        time_b = torch.rand(count, device=self.device)
+        noise, share = torch.randn_like(sharp), time_b[:, None, None, None]
+        coarse = torch.zeros_like(sharp)
+        if batch.kind == "crop":
+            coarse = F.interpolate(F.avg_pool2d(sharp, 2), scale_factor=2.0, mode="bilinear", align_corners=False)
+        both = torch.cat([share * sharp + (1 - share) * noise, coarse], dim=1)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            velocity = evaluate_peer("dense", self.network, both, 1000 * time_b, batch.prompt_embeds_btd)
+        loss = F.mse_loss(velocity.float(), sharp - noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def measure_training(
+    config: RunConfig,
+    data_dir: Path,
+    *,
+    preset: str,
+    steps: int,
+    warmup: int,
+    device: str = "auto",
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Trains both by turns and reports what their steps took.
+
+    Args:
+        config: What ours trains; ``steps`` and everything that writes are replaced.
+        data_dir: A preprocessed set.
+        preset: Its name, for the report.
+        steps: Timed steps of each.
+        warmup: Steps of each before those: compiling, and filling caches.
+        device: Device name.
+        on_step: Called with the number of steps done, after each of ours.
+
+    Returns:
+        The report of ``bench train``. ``ratio`` is images a second of ours over the peer's, from median step times:
+        a shape that is compiled late would otherwise count as training.
+
+    Raises:
+        ConfigError: Fewer than one step is to be timed.
+        DataError, DeviceError: As the run itself would.
+    """
+    if steps < 1 or warmup < 1:
+        raise ConfigError("steps and warm-up steps must be at least 1")
+    total = steps + warmup
+    quiet = {"validate_every": total + 1, "checkpoint_every": total + 1, "sample_every": 0, "log_every": 1}
+    config = config.override("training", steps=total + 1, **quiet)
+    with tempfile.TemporaryDirectory(prefix="physformer-bench-") as folder:
+        trainer = Trainer(config, data_dir, Path(folder), device=device)
+        turns = _Turns(trainer, steps=steps, warmup=warmup, on_step=on_step)
+        trainer.on_step, trainer.on_report = turns.after_step, turns.after_report
+        trainer.run()
+    return turns.report(preset)
+
+
+class _Turns:
+    """Told by our trainer of every step, lets the peer do as many whenever a block is done."""
+
+    def __init__(
+        self, trainer: Trainer, *, steps: int, warmup: int, on_step: Callable[[int], None] | None = None
+    ) -> None:
+        self._trainer, self._steps, self._warmup, self._on_step = trainer, steps, warmup, on_step
+        train = trainer.config.training
+        self._stream = BatchStream(
+            trainer.shards,
+            seed=train.seed,
+            batch_size=train.batch_size,
+            crop_fraction=train.crop_fraction,
+            crop_size=train.crop_size,
+        )
+        arguments = dict(trainer.model.config) | model_arguments(trainer.config, trainer.shards)
+        self._parameters = sum(p.numel() for p in trainer.model.parameters())
+        self._peer_layers = peer_layers(arguments, self._parameters)
+        network = peer_network("dense", arguments, self._peer_layers)
+        self._peer_parameters = sum(p.numel() for p in network.parameters())
+        self._peer = PlainTrainer(network, trainer.device, trainer.dtype, train.lr)
+        self._peak = MachinePeak(trainer.device, trainer.dtype)
+        self._peak.observe()
+        self._meter = WorkMeter(trainer.model, train.optimizer, self._peak.flops)
+        self._ours, self._theirs = _Clock(), _Clock()
+        self._peer_done = 0
+        self._resumed = time.perf_counter()
+
+    def after_report(self, report: StepReport) -> None:
+        """Notes what the trainer waited for data; its interval may contain the peer's turn, the product does not."""
+        if report.step > self._warmup:
+            elapsed = self._trainer.config.training.batch_size / report.examples_per_second
+            self._ours.waited += report.wait_fraction * elapsed
+
+    def after_step(self, done: int) -> None:
+        """Takes our time, and gives the peer its turn."""
+        wait_for(self._trainer.device)
+        took = time.perf_counter() - self._resumed
+        if done > self._warmup:
+            self._ours.seconds.append(took)
+            self._ours.flops.append(self._meter.step(self._stream.batch(done - 1)))
+        if self._on_step is not None:
+            self._on_step(done)
+        if done == self._warmup + self._steps:
+            self._trainer.request_stop()
+        if done % _BLOCK == 0 or done == self._warmup or done == self._warmup + self._steps:
+            while self._peer_done < done:
+                self._peer_step()
+            self._peak.observe(0.05)
+        self._resumed = time.perf_counter()
+
+    def _peer_step(self) -> None:
+        batch = self._stream.batch(self._peer_done).to(self._trainer.device)
+        started = time.perf_counter()
+        self._peer.step(batch)
+        wait_for(self._trainer.device)
+        self._peer_done += 1
+        if self._peer_done > self._warmup:
+            self._theirs.seconds.append(time.perf_counter() - started)
+
+    def report(self, preset: str) -> dict[str, Any]:
+        """See `measure_training`."""
+        trainer, batch = self._trainer, self._trainer.config.training.batch_size
+        dtype = next(name for name, kind in DTYPES.items() if kind == trainer.dtype)
+        ours, theirs = (statistics.median(clock.seconds) for clock in (self._ours, self._theirs))
+        return {
+            "format": FORMAT,
+            "what": "train",
+            "machine": machine_facts(trainer.device) | peak_facts({dtype: self._peak}),
+            "preset": preset,
+            "batch": batch,
+            "steps": self._steps,
+            "dtype": dtype,
+            "compiled": trainer.config.training.compile,
+            "peer_layers": self._peer_layers,
+            "ours": {
+                "parameters": self._parameters,
+                "seconds": ours,
+                "spread": max(self._ours.seconds) - min(self._ours.seconds),
+                "images_per_second": batch / ours,
+                "wait_share": self._ours.waited / sum(self._ours.seconds),
+                "flops": statistics.median(self._ours.flops),
+                "matrix_share": statistics.median(self._ours.flops) / ours / self._peak.flops,
+            },
+            "peer": {
+                "parameters": self._peer_parameters,
+                "seconds": theirs,
+                "spread": max(self._theirs.seconds) - min(self._theirs.seconds),
+                "images_per_second": batch / theirs,
+            },
+            "ratio": theirs / ours,
+        }

@@ -1,0 +1,54 @@
+"""A few real steps of both trainers: what is counted and reported, never how fast they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from physformer_core.benchmark.networks import peer_network
+from physformer_core.benchmark.training import PlainTrainer, measure_training, peer_layers
+from physformer_core.config import load_preset
+from physformer_core.data.loader import BatchStream, ShardSet
+from physformer_core.errors import ConfigError
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
+
+
+def test_peer_has_as_many_parameters_as_ours() -> None:
+    with torch.device("meta"):
+        ours = PhysFormerTransformer2DModel(**load_preset("nano").model)
+        parameters = sum(p.numel() for p in ours.parameters())
+        layers = peer_layers(dict(ours.config), parameters)
+        peer = sum(p.numel() for p in peer_network("dense", dict(ours.config), layers).parameters())
+    assert peer == pytest.approx(parameters, rel=0.06)
+
+
+def test_the_plain_trainer_learns(scene_set: Path) -> None:
+    torch.manual_seed(0)
+    shards = ShardSet(scene_set)
+    config = dict(PhysFormerTransformer2DModel(**load_preset("debug").model).config)
+    trainer = PlainTrainer(peer_network("dense", config), torch.device("cpu"), torch.float32, lr=2e-3)
+    batch = BatchStream(shards, seed=0, batch_size=4, crop_fraction=0.0).batch(0)
+    losses = []
+    for _ in range(12):
+        torch.manual_seed(0)  # the same times and noise: only the weights change
+        losses.append(trainer.step(batch).item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_both_do_their_steps(scene_set: Path) -> None:
+    config = load_preset("debug").override("training", batch_size=4, compile=False, crop_fraction=0.5)
+    seen: list[int] = []
+    report = measure_training(config, scene_set, preset="debug", steps=3, warmup=2, device="cpu", on_step=seen.append)
+    assert seen == [1, 2, 3, 4, 5]
+    ours, peer = report["ours"], report["peer"]
+    assert report["ratio"] == pytest.approx(peer["seconds"] / ours["seconds"])
+    assert ours["images_per_second"] == pytest.approx(4 / ours["seconds"])
+    assert 0 <= ours["wait_share"] < 1 and ours["matrix_share"] > 0 and ours["flops"] > 0
+    assert report["dtype"] == "fp32" and not report["compiled"] and report["what"] == "train"
+
+
+def test_no_steps_are_refused(scene_set: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        measure_training(load_preset("debug"), scene_set, preset="debug", steps=0, warmup=1)
