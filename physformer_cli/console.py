@@ -37,6 +37,15 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+_muted = False
+
+
+def mute() -> None:
+    """Says nothing but errors from now on: another process speaks for this one too."""
+    global _muted
+    _muted = stderr().quiet = True
+
+
 def say(message: str) -> None:
     """Prints a line for the user on standard error."""
     stderr().print(message, markup=False)
@@ -49,6 +58,7 @@ def warn(message: str) -> None:
 
 def error(message: str, hint: str | None = None) -> None:
     """Prints `error: MESSAGE` and, if there is one, `hint: HINT` on standard error."""
+    stderr().quiet = False
     _labelled("error:", "bold red", message)
     if hint:
         _labelled("hint:", "cyan", hint)
@@ -56,6 +66,8 @@ def error(message: str, hint: str | None = None) -> None:
 
 def print_json(value: Any) -> None:
     """Prints JSON on standard output; characters that the output's encoding lacks are escaped."""
+    if _muted:
+        return
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not utf8) + "\n")
 
@@ -104,7 +116,7 @@ def human_size(count: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """Seconds as a short text: 0.42 s, 12.3 s, 3 min 05 s, 2 h 07 min."""
+    """Seconds as a short text: 0.42 s, 12.3 s, 3 min 05 s, 2 h 07 min, 12 days."""
     if seconds < 9.995:
         return f"{seconds:.2f} s"
     if seconds < 59.95:
@@ -112,7 +124,9 @@ def human_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 100 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes / (24 * 60):,.0f} days"
 
 
 class ProgressTask:
@@ -181,6 +195,13 @@ def progress() -> Iterator[Callable[..., ProgressTask]]:
         yield lambda description, total=None, unit="steps", done=0: ProgressTask(description, total, unit, None, done)
         return
 
+    bars = progress_bars()
+    with bars:
+        yield lambda description, total=None, unit="steps", done=0: ProgressTask(description, total, unit, bars, done)
+
+
+def progress_bars() -> Progress:
+    """Bars with rate and time left, for a display of one's own; `ProgressTask` fills them."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Task as RichTask
     from rich.text import Text
@@ -190,7 +211,7 @@ def progress() -> Iterator[Callable[..., ProgressTask]]:
             speed = task.finished_speed or task.speed
             return Text(f"{speed:.3g} {task.fields['unit']}/s" if speed else "")
 
-    bars = Progress(
+    return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
@@ -198,8 +219,6 @@ def progress() -> Iterator[Callable[..., ProgressTask]]:
         TimeRemainingColumn(compact=True),
         console=stderr(),
     )
-    with bars:
-        yield lambda description, total=None, unit="steps", done=0: ProgressTask(description, total, unit, bars, done)
 
 
 def _labelled(label: str, style: str, message: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from physformer_cli import console
+from physformer_cli import console, evaluate_scaling
 from physformer_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ OutputOption = Annotated[
 
 def register(parent: typer.Typer) -> None:
     """Adds the commands to the app."""
+    evaluate_scaling.register(app)
     parent.add_typer(app, name="eval")
 
 

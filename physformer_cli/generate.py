@@ -102,6 +102,15 @@ def generate(
             metavar="FOLDER", help="A checkpoint or a run; the shipped one if not given.", rich_help_panel=_HOW
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:SCALE]",
+            help="An adapter that physformer train --lora-rank made, and how strongly it acts: 1 if not given. "
+            "Repeat it for several.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=_HOW)] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16.", rich_help_panel=_HOW)] = None,
     compile: Annotated[
@@ -158,6 +167,8 @@ def generate(
 
       physformer generate --prompt-file prompts.txt --seed 1-3 --output sheet/
 
+      physformer generate "a bird in a cage" --lora runs/mine:0.8
+
       physformer generate --from outputs/a-bird-in-a-cage-7.png -o again.png
     """
     from physformer_core.project import recorded_run
@@ -179,6 +190,7 @@ def generate(
         solver=solver,
         batch_size=batch_size,
         checkpoint=checkpoint,
+        lora=lora or None,
         dtype=dtype,
         device=device,
         compile=compile,
@@ -215,7 +227,11 @@ def _draw_all(plan: Plan, options: Options, run: RunRecorder) -> None:
     try:
         with _progress(plan, options.quiet) as shown:
             pipeline = load_pipeline(
-                plan.checkpoint, device=plan.device, dtype=plan.dtype, compile=plan.circumstances.compiled
+                plan.checkpoint,
+                device=plan.device,
+                dtype=plan.dtype,
+                compile=plan.circumstances.compiled,
+                adapters=plan.adapters,
             )
             for numbers in plan.batches:
                 shown.begin(numbers)
@@ -310,6 +326,7 @@ def _show(plan: Plan, options: Options) -> None:
             {
                 "pictures": rows,
                 "checkpoint": {"folder": str(plan.checkpoint.folder), "sha256": plan.checkpoint.sha256},
+                "loras": list(plan.circumstances.loras),
                 "device": plan.circumstances.device,
                 "dtype": plan.circumstances.dtype,
                 "batch_bytes": peak,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from physformer_core.batching import LevelWork, PictureRequest, Planner
     from physformer_core.checkpoints import Checkpoint
     from physformer_core.drawing import Circumstances
+    from physformer_core.lora import ScaledAdapter
     from physformer_core.output_names import OutputNames
     from physformer_core.project import RunRecorder
     from physformer_core.prompts import BadLine, PromptFile
@@ -45,6 +46,7 @@ class Options:
     solver: str | None
     batch_size: int | None
     checkpoint: Path | None
+    lora: list[str] | None
     dtype: str | None
     device: str | None
     compile: bool | None
@@ -74,7 +76,7 @@ class Plan:
         kept: Indices of the pictures to write; all, but for --from.
         levels: What each picture costs.
         bad_lines: Lines of the prompt file that cannot be drawn.
-        checkpoint, device, dtype, circumstances: What draws them.
+        checkpoint, adapters, device, dtype, circumstances: What draws them.
         steps: Each picture's steps per level.
     """
 
@@ -87,6 +89,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     circumstances: Circumstances
+    adapters: list[ScaledAdapter]
 
     def batch(self, numbers: Sequence[int]) -> list[PictureRequest]:
         return [self.pictures[number].request for number in numbers]
@@ -118,7 +121,7 @@ def check_combinations(options: Options) -> None:
     if options.prompt is not None and not options.prompt.strip():
         raise PromptError("the prompt is empty", hint='say what to draw, e.g. "a bird in a cage"')
     if options.source is not None:
-        kept = {"source", "checkpoint", "device", "output", "preview", "dry_run", "as_json", "quiet"}
+        kept = {"source", "checkpoint", "lora", "device", "output", "preview", "dry_run", "as_json", "quiet"}
         for field in dataclasses.fields(options):
             if field.name not in kept and getattr(options, field.name) is not None:
                 name = "--" + field.name.replace("_", "-")
@@ -158,6 +161,7 @@ def make_plan(options: Options, run: RunRecorder) -> Plan:
     names = OutputNames(output, several=num_images > 1)
     run.replay_with("--output", "-o", output=output, folder=names.is_folder)
     checkpoint = find_checkpoint(options.checkpoint or settings.get("checkpoint"))
+    adapters = _adapters(options, checkpoint)
     with paused_collector():
         import torch  # noqa: F401 - the slow part of what follows
 
@@ -166,7 +170,7 @@ def make_plan(options: Options, run: RunRecorder) -> Plan:
 
     bad_lines = list(file.errors) if file is not None else []
     if options.source is not None:
-        pictures, kept, circumstances = _again(options, names, checkpoint)
+        pictures, kept, circumstances, adapters = _again(options, names, checkpoint, adapters)
         batches = [list(range(len(pictures)))]
         _check_tokens(pictures, checkpoint, [], fatal=True)
     else:
@@ -184,6 +188,7 @@ def make_plan(options: Options, run: RunRecorder) -> Plan:
             dtype=_dtype_name(resolve_dtype(options.dtype or settings.get("dtype", "auto"), device)),
             device=str(device),
             compiled=bool(settings.get("compile", False) if options.compile is None else options.compile),
+            loras=tuple(one.as_dict() for one in adapters),
         )
     device = resolve_device(circumstances.device)
     dtype = resolve_dtype(circumstances.dtype, device)
@@ -216,7 +221,25 @@ def make_plan(options: Options, run: RunRecorder) -> Plan:
     }
     with paused_collector():
         levels = [planner.levels(picture.request) for picture in pictures]
-    return Plan(pictures, batches, kept, levels, bad_lines, checkpoint, device, dtype, circumstances)
+    return Plan(pictures, batches, kept, levels, bad_lines, checkpoint, device, dtype, circumstances, adapters)
+
+
+def _adapters(options: Options, checkpoint: Checkpoint) -> list[ScaledAdapter]:
+    """The adapters that --lora names; a warning for one that was trained beside other weights of the same shapes."""
+    if not options.lora:
+        return []
+    from physformer_core.lora import parse_adapter, require_peft
+
+    require_peft()
+    adapters = [parse_adapter(text) for text in options.lora]
+    for one in adapters:
+        base, sha256 = one.adapter.facts.get("base"), one.adapter.facts.get("base_sha256")
+        if sha256 is not None and sha256 != checkpoint.sha256:
+            console.warn(
+                f"the adapter {one.adapter.name} was trained on {base} ({sha256:.12}), this is {checkpoint.name} "
+                f"({checkpoint.sha256:.12})"
+            )
+    return adapters
 
 
 def _read_prompts(options: Options, run: RunRecorder) -> PromptFile | None:
@@ -319,10 +342,10 @@ def _requests(
 
 
 def _again(
-    options: Options, names: OutputNames, checkpoint: Checkpoint
-) -> tuple[list[Picture], set[int], Circumstances]:
+    options: Options, names: OutputNames, checkpoint: Checkpoint, given: list[ScaledAdapter]
+) -> tuple[list[Picture], set[int], Circumstances, list[ScaledAdapter]]:
     """The batch of the picture that --from names, and what draws it."""
-    from physformer_core.drawing import Circumstances, requests_from_metadata
+    from physformer_core.drawing import LORAS_KEY, Circumstances, requests_from_metadata
     from physformer_core.errors import CheckpointError, DeviceError
     from physformer_core.hardware import resolve_device
     from physformer_core.metadata import read_metadata
@@ -337,6 +360,7 @@ def _again(
             f"not by {checkpoint.folder} ({checkpoint.sha256:.12})",
             hint="name the one that made it: --checkpoint FOLDER",
         )
+    adapters = _adapters_again(metadata.extra.get(LORAS_KEY, []), given, options.source)
     versions = package_versions()
     for name, recorded in (("physformer", metadata.version), ("torch", metadata.extra.get("torch"))):
         present = versions.get(name, "")
@@ -357,6 +381,7 @@ def _again(
         dtype=str(metadata.extra.get("dtype", "auto")),
         device=device,
         compiled=metadata.extra.get("compile") is True,
+        loras=tuple(one.as_dict() for one in adapters),
     )
     pictures = [
         Picture(
@@ -365,7 +390,34 @@ def _again(
         )
         for one in requests
     ]
-    return pictures, {position}, circumstances
+    return pictures, {position}, circumstances, adapters
+
+
+def _adapters_again(recorded: list[dict[str, Any]], given: list[ScaledAdapter], source: Path) -> list[ScaledAdapter]:
+    """The adapters that a picture was made with, found among the given ones by their hash; scales are the picture's.
+
+    Raises:
+        CheckpointError: One is not given, or one is given that had no part in it.
+    """
+    from physformer_core.errors import CheckpointError
+    from physformer_core.lora import ScaledAdapter
+
+    by_hash = {one.adapter.sha256: one.adapter for one in given}
+    found = []
+    for one in recorded:
+        adapter = by_hash.pop(one["sha256"], None)
+        if adapter is None:
+            raise CheckpointError(
+                f"{source} was made with the adapter {one['name']} ({one['sha256']:.12}) at {one['scale']:g}",
+                hint="name it: --lora PATH",
+            )
+        found.append(ScaledAdapter(adapter, float(one["scale"])))
+    if by_hash:
+        extra = next(iter(by_hash.values()))
+        raise CheckpointError(
+            f"{source} was made without the adapter {extra.name} ({extra.sha256:.12})", hint="leave that --lora out"
+        )
+    return found
 
 
 def _check_tokens(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -31,9 +32,14 @@ COMMAND_MODULES = (
     "physformer_cli.evaluate",
     "physformer_cli.bench",
     "physformer_cli.export",
+    "physformer_cli.quantize",
+    "physformer_cli.doctor",
     "physformer_cli.info",
     "physformer_cli.runs",
 )
+
+# Where torchao is installed, diffusers imports it, and both then tell of libraries for other machines, each time.
+_CHATTERERS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 DEBUG_VARIABLE = "PHYSFORMER_DEBUG"
 REPORT_HINT = (
@@ -157,5 +163,7 @@ def _silence_stdout() -> int:
     return 0
 
 
+for _name in _CHATTERERS:
+    logging.getLogger(_name).setLevel(logging.ERROR)
 for _module in COMMAND_MODULES:
     importlib.import_module(_module).register(app)

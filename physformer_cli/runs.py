@@ -166,6 +166,8 @@ def plot(
 ) -> None:
     """Draw a training run's losses, also while it is running.
 
+    Below them stand speed, gradient, learning rate, and the sizes of velocities and fields, where the log has them.
+
     [bold]Examples[/bold]
 
       physformer runs plot runs/nano
@@ -174,12 +176,14 @@ def plot(
     """
     from physformer_core.errors import OutputError
     from physformer_core.files import atomic_write, next_free_name
-    from physformer_core.training.curves import draw_curves, read_curves
+    from physformer_core.training.curves import draw_curves, read_curves, read_records
+    from physformer_core.training.panels import add_panels
 
     if output.suffix.lower() != ".png":
         raise OutputError(f"a plot is a PNG file, not {output.name!r}", hint=f"--output {output.with_suffix('.png')}")
     curves = read_curves(run_dir / "log.jsonl")
     picture = draw_curves(curves, title=str(run_dir) if run_dir.name else run_dir.absolute().name)
+    picture = add_panels(picture, read_records(run_dir / "log.jsonl"))
     name = next_free_name(output)
     with atomic_write(name) as temporary:
         picture.save(temporary, "PNG")

@@ -15,8 +15,9 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from physformer_core.errors import CheckpointError, DeviceError, PhysFormerError
 from physformer_core.files import sha256_file
+from physformer_core.lora import ScaledAdapter, merge_adapters
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +40,11 @@ TRANSFORMER_CLASS = "PhysFormerTransformer2DModel"
 
 _INDEX = "model_index.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+_QUANTIZED, _QUANTIZATION = "quantized.safetensors", "quantization.json"  # see physformer_core.quantization.storage
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _STEP = re.compile(r"step-\d{8}")
 _LAYOUT_HINT = f"a checkpoint is a folder with {_INDEX} and transformer/, a step-NNNNNNNN folder, or a run's folder"
+_MAX_HEADER_BYTES = 100 << 20
 _RECOMPILE_LIMIT = 64  # every level has a size of its own, and dynamo gives up after 8 by default
 
 
@@ -54,6 +58,7 @@ class Checkpoint:
         pipeline: The content of `model_index.json`.
         transformer: The content of `transformer/config.json`.
         weights: The safetensors files, in order.
+        quantization: The content of `transformer/quantization.json`, or None for ordinary weights.
     """
 
     folder: Path
@@ -61,6 +66,7 @@ class Checkpoint:
     pipeline: dict[str, Any]
     transformer: dict[str, Any]
     weights: tuple[Path, ...]
+    quantization: dict[str, Any] | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -124,6 +130,10 @@ def find_checkpoint(path: str | Path | None = None) -> Checkpoint:
             raise CheckpointError(
                 f"{folder / _INDEX} is damaged: {key} is {pipeline[key]!r}", hint="export or copy the checkpoint again"
             )
+    quantized = folder / "transformer" / _QUANTIZED
+    if quantized.is_file():
+        description = _read_json(folder / "transformer" / _QUANTIZATION)
+        return Checkpoint(folder, _name(folder), pipeline, config, (quantized,), description)
     return Checkpoint(folder, _name(folder), pipeline, config, _weight_files(folder / "transformer"))
 
 
@@ -133,6 +143,7 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     compile: bool = False,
+    adapters: Sequence[ScaledAdapter] = (),
 ) -> PhysFormerPipeline:
     """Loads a checkpoint for inference.
 
@@ -142,9 +153,11 @@ def load_pipeline(
         dtype: What it computes in, whatever the weights are stored in; float32 if None. The few parameters that need
             float32 keep it.
         compile: Compile the network's blocks with `torch.compile`; each size is compiled when it first appears.
+        adapters: Low-rank adapters to add to the weights, before these are cast to `dtype`.
 
     Raises:
-        CheckpointError: It is missing, damaged, cut short, incomplete or another program's.
+        CheckpointError: It is missing, damaged, cut short, incomplete or another program's; or an adapter is.
+        ConfigError: Adapters are given and PEFT is not installed.
         DeviceError: `compile` was asked for and there is no compiler.
     """
     import torch
@@ -163,7 +176,10 @@ def load_pipeline(
             f"{found.folder / _INDEX} has a flow that this version does not know: {_first_line(error)}",
             hint="it may come from a later version: pip install --upgrade physformer",
         ) from error
-    transformer = _load_transformer(found, dtype or torch.float32)
+    transformer = _load_transformer(found, torch.float32 if adapters else dtype or torch.float32)
+    if adapters:
+        merge_adapters(transformer, adapters, name=found.name)
+        _cast(transformer, dtype or torch.float32)
     transformer.to(device)  # type: ignore[arg-type]  # diffusers wraps it, and hides its signature
     if compile:
         _compile(transformer, device)
@@ -174,6 +190,52 @@ def load_pipeline(
         flow=flow,
         prompt_tokens=found.prompt_tokens,
     )
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint is, from its descriptions and the headers of its files; no weight is read but for the hash.
+
+    Raises:
+        CheckpointError: A file is damaged.
+    """
+    kinds: dict[str, int] = {}
+    for path in checkpoint.weights:
+        for tensor in _tensor_header(path).values():
+            kinds[tensor["dtype"]] = kinds.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
+    told: dict[str, Any] = {
+        "checkpoint": checkpoint.name,
+        "sha256": checkpoint.sha256,
+        "bytes": sum(path.stat().st_size for path in checkpoint.weights),
+        "stored": {kind: kinds[kind] for kind in sorted(kinds)},
+        "text_encoder": checkpoint.text_encoder_name,
+        "codec": checkpoint.codec_name,
+        "prompt_tokens": checkpoint.prompt_tokens,
+        "flow": checkpoint.pipeline["flow"],
+        "model": {key: value for key, value in sorted(checkpoint.transformer.items()) if not key.startswith("_")},
+    }
+    if checkpoint.quantization is not None:
+        kept = ("bits", "activations", "group", "made_from", "calibration", "kept")
+        told["quantization"] = {key: checkpoint.quantization.get(key) for key in kept}
+        told["quantization"]["layers"] = len(checkpoint.quantization.get("layers") or ())
+    return told
+
+
+def _tensor_header(path: Path) -> dict[str, Any]:
+    """Shapes and dtypes of a safetensors file: 8 bytes of length, then JSON."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length < _MAX_HEADER_BYTES:
+                raise ValueError("its header has no length")
+            header = json.loads(file.read(length))
+        return {
+            name: tensor for name, tensor in header.items() if name != "__metadata__" and tensor["shape"] is not None
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"cannot read the weights {path}: {_first_line(error)}",
+            hint="the file is damaged; copy the checkpoint again",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -268,6 +330,11 @@ def _load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> PhysFormerT
             hint="it may come from a later version: pip install --upgrade physformer",
         ) from error
 
+    if checkpoint.quantization is not None:
+        from physformer_core.quantization.storage import check_description, restore
+
+        check_description(checkpoint.quantization)
+        tensors = restore(tensors, checkpoint.quantization, dtype)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     wrong = (
         [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
@@ -277,7 +344,11 @@ def _load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> PhysFormerT
             for name, shape in wanted.items()
             if tensors[name].shape != shape
         ]
-        or [f"{name} has values that are not finite" for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        or [
+            f"{name} has values that are not finite"
+            for name, tensor in tensors.items()
+            if type(tensor) is torch.Tensor and not tensor.isfinite().all()  # integers always are
+        ]
     )
     if wrong:
         raise CheckpointError(
@@ -285,12 +356,18 @@ def _load_transformer(checkpoint: Checkpoint, dtype: torch.dtype) -> PhysFormerT
             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""),
             hint="weights and configuration are of different models, or damaged; copy the checkpoint again",
         )
-    exact = set(model._keep_in_fp32_modules)
-    cast = {
-        name: tensor.to(torch.float32 if exact & set(name.split(".")) else dtype) for name, tensor in tensors.items()
-    }
-    model.load_state_dict(cast, assign=True)
+    model.load_state_dict(tensors, assign=True)
+    _cast(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _cast(model: PhysFormerTransformer2DModel, dtype: torch.dtype) -> None:
+    """Casts the weights but for the few that stay float32; diffusers' own `to` would cast those as well."""
+    import torch
+
+    exact = set(model._keep_in_fp32_modules)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if exact & set(name.split(".")) else dtype)
 
 
 def _compile(transformer: PhysFormerTransformer2DModel, device: torch.device) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import platform
+import resource
+import time
 from typing import Literal
 
 import torch
@@ -57,3 +61,55 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise DeviceError(f"unknown dtype '{name}'", hint="one of auto, " + ", ".join(DTYPES))
     return DTYPES[name]
+
+
+@functools.cache
+def matrix_peak(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.4) -> float:
+    """Floating-point operations per second of this machine's fastest large matrix product, measured once per process.
+
+    The best of as many products as fit into the time, each waited for. On a CPU the processor's time counts, divided by
+    the threads, and not the clock's: what else the machine does at the moment does not make its peak smaller.
+
+    Args:
+        device: Where.
+        dtype: Of both factors. In float32 the settings for TF32 hold, as they do in training.
+        seconds: How long to measure, at least two products.
+    """
+    # On a CPU a product is short, so that some of them come through between what else it does.
+    side = 8192 if device.type == "cuda" else 768
+    one = torch.ones(side, side, device=device, dtype=dtype)
+    other, best = torch.ones_like(one), float("inf")
+    started, count = time.perf_counter(), 0
+    with torch.no_grad():
+        while count < 3 or time.perf_counter() - started < seconds:
+            began = _clock(device)
+            torch.mm(one, other)
+            _wait(device)
+            if count:  # the first one loads the kernel
+                best = min(best, _clock(device) - began)
+            count += 1
+    return 2 * side**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory of this process so far, in bytes: resident set on the CPU, allocator on CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if platform.system() == "Linux":
+        # Not getrusage: there, a child's peak begins with its parent's.
+        with open("/proc/self/status", encoding="ascii") as file:
+            line = next(line for line in file if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _clock(device: torch.device) -> float:
+    return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -84,6 +84,7 @@ class PictureMetadata:
             ("Size", f"{self.width}x{self.height}" if self.width and self.height else None),
             ("Model hash", self.checkpoint_sha256[:10] if self.checkpoint_sha256 else None),
             ("Model", self.checkpoint),
+            ("Lora hashes", _lora_hashes(self.extra.get("loras"))),
             ("Version", f"physformer {self.version}" if self.version else None),
         ]
         lines = [self.prompt]
@@ -240,6 +241,13 @@ def _from_parameters(text: str) -> PictureMetadata:
         version=None,
         extra=dict(pairs),
     )
+
+
+def _lora_hashes(loras: object) -> str | None:
+    """`name: hash, name: hash`, as readers of the web UI's files know it."""
+    if not isinstance(loras, list) or not all(isinstance(one, dict) and "sha256" in one for one in loras):
+        return None
+    return ", ".join(f"{one.get('name')}: {str(one['sha256'])[:12]}" for one in loras) or None
 
 
 def _number(text: str | None, kind: type) -> Any:

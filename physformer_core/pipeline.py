@@ -97,6 +97,11 @@ class PhysFormerPipeline(DiffusionPipeline):
             self._text_encoder = load_text_encoder(self.config.text_encoder_name, self.device)
         return self._text_encoder
 
+    @prompt_encoder.setter
+    def prompt_encoder(self, encoder: TextEncoder) -> None:
+        """Puts another encoder of the same make in its place, for example one that only knows stored prompts."""
+        self._text_encoder = encoder
+
     @property
     def codec(self) -> Codec:
         """Field <-> picture, loaded on first use."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -29,6 +33,71 @@ def test_contact_sheet(tmp_path: Path, tiny_checkpoint: Path) -> None:
     run("contact_sheet.py", *arguments, cwd=tmp_path)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height > 7 * 64 and sheet.width > 2 * 64
+
+
+def test_slurm_script(tmp_path: Path) -> None:
+    """The script as far as it runs without Slurm, whose commands, and torchrun, just say what they are given."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text(f'PATH="{tmp_path}:$PATH"\n')
+    for name, lines in {
+        "scontrol": "printf 'one\\ntwo\\n'",
+        "srun": 'exec "$@"',
+        "torchrun": "printf '%s\\n' \"$@\"",
+        "physformer": "exit 1",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    script = EXAMPLES / "slurm" / "train.sbatch"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    variables = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "x"}
+    done = subprocess.run(
+        ["bash", str(script), "--preset", "xl"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = done.stdout.split()
+    assert words[:4] == ["--nnodes", "2", "--nproc-per-node", "4"] and "one:23456" in words
+    assert words[words.index(str(tmp_path / "physformer")) + 1] == "train" and words[-2:] == ["--preset", "xl"]
+    assert "auto" in words
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "form", ["text-files", "metadata-jsonl", "metadata-csv", "classes", "webdataset", "parquet", "repository"]
+)
+def test_solar_cells(tmp_path: Path, form: str) -> None:
+    run("solar_cells.py", "cells", "--limit", "30", "--forms", form, cwd=tmp_path)
+    manifest = json.loads((tmp_path / "cells" / "raw" / form / "manifest.json").read_text("utf-8"))
+    assert manifest["count"] == (27 if form == "repository" else 30) and not manifest["refused"]
+    assert "NC-SA" in manifest["license"]
+    assert (tmp_path / "cells" / "reports" / form / "index.html").exists()
+
+
+def test_ablation(tmp_path: Path, scene_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after its first run, it makes only the one that is missing."""
+    size = "--hidden 64 --layers 1 --batch 2 --crop 32 --rounds 1 --timed-steps 1 --validation-batches 1"
+    arguments = [str(scene_set), "out", *size.split(), "--minutes", "0.001", "--seeds", "3"]
+    arguments += ["--variants", "plain", "leapfrog"]
+    run("ablation.py", *arguments, cwd=tmp_path)
+    results = tmp_path / "out" / "results.json"
+    state = json.loads(results.read_text(encoding="utf-8"))
+    assert [run["variant"] for run in state["runs"]] == ["plain", "leapfrog"]
+    seconds = [run["steps"] * state["step_seconds"][run["variant"]] for run in state["runs"]]
+    assert all(abs(s - 0.06) <= 2 * max(state["step_seconds"].values()) for s in seconds)
+    state["runs"][0]["losses"]["all"] = 123.0
+    del state["runs"][1]
+    results.write_text(json.dumps(state), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["ablation.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "ablation.py"), run_name="__main__")  # here, torch has been imported
+    table = (tmp_path / "out" / "ablation.md").read_text(encoding="utf-8")
+    assert table.count("\n") == 4 and "| 123.0000 | +0.0 % |" in table and "| leapfrog |" in table
+    with Image.open(tmp_path / "out" / "ablation.png") as plot:
+        assert plot.width == 1600
 
 
 def test_every_example_is_run_here() -> None:

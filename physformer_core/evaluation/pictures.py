@@ -17,6 +17,7 @@ import numpy as np
 from physformer_core.batching import PictureRequest, Planner
 from physformer_core.data.contact_sheet import set_format
 from physformer_core.data.framing import UnusablePicture, open_bitmap
+from physformer_core.data.latents import decode_picture
 from physformer_core.data.loader import ShardSet
 from physformer_core.data.preprocess import RAW_FORMAT
 from physformer_core.data.scenes.render import render_svg
@@ -189,11 +190,14 @@ class ShardPictures(PictureSource):
         for split in self._splits:
             for group in self._shards.groups("base", split):
                 for row in range(group.count):
-                    yield group.pixels(row)
+                    yield decode_picture(self._shards.field, group.field(row))
 
     def captions(self, count: int) -> list[Captioned]:
         found = [
-            Captioned(self._shards.caption(int(group.caption_rows[group.caption_starts[row]])), *group.size)
+            Captioned(
+                self._shards.caption(int(group.caption_rows[group.caption_starts[row]])),
+                *(side * self._shards.field.factor for side in group.size),
+            )
             for split in self._splits
             for group in self._shards.groups("base", split)
             for row in range(group.count)

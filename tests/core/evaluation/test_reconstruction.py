@@ -48,6 +48,9 @@ class Halving(Codec):
     def decode(self, field):
         return field.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
+    def fingerprint(self):
+        return "0" * 64
+
 
 def test_codecs():
     pictures = list(np.random.default_rng(1).integers(0, 256, (3, 33, 21, 3), dtype=np.uint8))
