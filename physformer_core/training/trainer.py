@@ -219,9 +219,11 @@ class Trainer:
         folder = transformer_folder(init_from)
         if not folder.is_dir():  # else the name would be looked for on the hub
             raise CheckpointError(f"cannot start from '{init_from}': there is no such folder")
+        # All residual forms have the same weights: training adapts to another form within some fifty steps.
+        form = {key: value for key, value in arguments.items() if key == "residual"}
         try:
             model, loading = PhysFormerTransformer2DModel.from_pretrained(
-                folder, torch_dtype=torch.float32, output_loading_info=True
+                folder, torch_dtype=torch.float32, output_loading_info=True, **form
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(

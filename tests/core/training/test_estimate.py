@@ -86,9 +86,9 @@ def test_activations_are_what_autograd_keeps(scene_set, tmp_path):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    generator = torch.Generator().manual_seed(0)
+    draws = trainer.objective.draw(batch, torch.Generator().manual_seed(0))
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trainer.objective(trainer.model, batch, generator)
+        trainer.objective(trainer.model, batch, draws)
     measured = sum(storage.nbytes() for storage in kept.values())
     assert estimate.activation_bytes == pytest.approx(measured, rel=0.1)
 

@@ -418,6 +418,14 @@ def test_init_from(scene_set, final, tmp_path):
         assert all(torch.equal(trainer.ema.shadow[name], average[name]) for name in average)
 
 
+def test_init_from_another_residual_form(scene_set, final, tmp_path):
+    average = load_file(final / WEIGHTS)
+    config = load_preset("debug").override("model", residual="leapfrog_renormalized")
+    model = Trainer(config, scene_set, tmp_path, device="cpu", init_from=final).model
+    assert model.config.residual == "leapfrog_renormalized" and model.form.streams == 2
+    assert all(torch.equal(p, average[name]) for name, p in model.named_parameters())
+
+
 def test_init_from_what_does_not_fit(scene_set, final, tmp_path):
     with pytest.raises(CheckpointError, match="cannot start from"):
         make(scene_set, tmp_path, init_from=tmp_path)
