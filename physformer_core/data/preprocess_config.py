@@ -15,7 +15,7 @@ class PreprocessConfig:
 
     Attributes:
         buckets: (height, width) of level-0 pictures in elements of the field (pixels, unless there is a codec),
-            multiples of 8, all of about one area.
+            multiples of 8, all of about one area: that of `Pyramid.base_area`.
         base_views: Level-0 pictures per example. The first shows as much as the bucket's aspect allows, further ones
             up to 15 % less, at a random place.
         min_kept_area: Pictures of which no bucket shows at least this fraction are refused.
@@ -32,12 +32,12 @@ class PreprocessConfig:
         seed: Seed of all that is drawn.
     """
 
-    buckets: tuple[tuple[int, int], ...] = ((64, 64), (56, 72), (72, 56), (48, 80), (80, 48), (40, 96), (96, 40))
+    buckets: tuple[tuple[int, int], ...] = ((32, 32), (32, 40), (40, 32), (24, 40), (40, 24), (24, 56), (56, 24))
     base_views: int = 1
     min_kept_area: float = 0.5
     crops_per_example: float = 1.0
     levels: tuple[int, ...] = (1, 2, 3, 4, 5)
-    level_weights: tuple[float, ...] = (0.3, 0.25, 0.2, 0.15, 0.1)
+    level_weights: tuple[float, ...] = (0.35, 0.25, 0.2, 0.12, 0.08)
     crop_size: int = 96
     crop_candidates: int = 3
     variance_fraction: float = 2 / 3

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from physformer_core.errors import ConfigError
 
-BASE_AREA = 64 * 64
+BASE_AREA = 32 * 32
 """Area in pixels that level 0 comes nearest to, in ratio."""
 
 DETAIL_SCALE = 0.12
@@ -66,7 +66,7 @@ class Pyramid:
         if self.start_noise <= 0 or self.coarse_noise < 0:
             raise ConfigError("start_noise must be above 0 and coarse_noise at least 0")
         if self.base_area < 1:
-            raise ConfigError(f"base_area must be at least 1, not {self.base_area}", hint="4096 is 64x64 elements")
+            raise ConfigError(f"base_area must be at least 1, not {self.base_area}", hint="1024 is 32x32 elements")
 
     def level_sizes(self, height: int, width: int, levels: int | None = None) -> list[LevelSize]:
         """Sizes of all levels, coarsest first.

@@ -309,7 +309,7 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         max_drift: float = 2.0,
         max_sigma: float = 3.0,
         drift: bool = True,
-        residual: str = "rotation",
+        residual: str = "leapfrog_renormalized",
     ) -> None:
         super().__init__()
         head_dim, remainder = divmod(hidden_size, num_heads)

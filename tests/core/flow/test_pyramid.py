@@ -17,14 +17,14 @@ def test_sizes_of_known_resolutions() -> None:
     def padded(height: int, width: int, **more: int) -> list[tuple[int, int]]:
         return [(s.padded_height, s.padded_width) for s in Pyramid().level_sizes(height, width, **more)]
 
-    assert padded(720, 1280) == [(48, 80), (96, 160), (184, 320), (360, 640), (720, 1280)]
-    assert padded(64, 64) == [(64, 64)]
-    assert padded(512, 512) == [(64, 64), (128, 128), (256, 256), (512, 512)]
-    assert len(padded(2160, 3840)) == 6 and padded(2160, 3840)[0] == (72, 120)
+    assert padded(720, 1280) == [(24, 40), (48, 80), (96, 160), (184, 320), (360, 640), (720, 1280)]
+    assert padded(32, 32) == [(32, 32)]
+    assert padded(256, 256) == [(32, 32), (64, 64), (128, 128), (256, 256)]
+    assert len(padded(2160, 3840)) == 7 and padded(2160, 3840)[0] == (40, 64)
     assert padded(720, 1280, levels=1) == [(720, 1280)]
-    assert padded(1, 1) == [(8, 8)] and padded(7, 1000) == [(8, 1000)] and padded(7, 2000) == [(8, 1000), (8, 2000)]
+    assert padded(1, 1) == [(8, 8)] and padded(7, 1000) == [(8, 504), (8, 1000)] and padded(7, 200) == [(8, 200)]
     own = [(s.level, s.height, s.width) for s in Pyramid().level_sizes(333, 1001)]
-    assert own == [(0, 42, 126), (1, 84, 251), (2, 167, 501), (3, 333, 1001)]
+    assert own == [(0, 21, 63), (1, 42, 126), (2, 84, 251), (3, 167, 501), (4, 333, 1001)]
 
 
 @settings(deadline=None, max_examples=60)
@@ -34,9 +34,9 @@ def test_any_size_has_levels_that_grow_into_one_another(height: int, width: int,
     sizes = pyramid.level_sizes(height, width)
     assert (sizes[-1].height, sizes[-1].width) == (height, width)
     assert [size.level for size in sizes] == list(range(len(sizes)))
-    if height * width >= 64 * 64:
+    if height * width >= 32 * 32:
         area = height * width / 4 ** (len(sizes) - 1)
-        assert 64 * 64 / 2.01 <= area <= 64 * 64 * 2.01
+        assert 32 * 32 / 2.01 <= area <= 32 * 32 * 2.01
     for size in sizes:
         assert size.padded_height % patch == size.padded_width % patch == 0
         assert 0 <= size.padded_height - size.height < patch and 0 <= size.padded_width - size.width < patch
