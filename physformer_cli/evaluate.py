@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from physformer_cli import console, evaluate_scaling
+from physformer_cli import console, evaluate_scaling, evaluate_show
 from physformer_core.errors import ConfigError
+from physformer_core.flow import DEFAULT_GUIDANCE
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
     from physformer_core.batching import PictureRequest
     from physformer_core.checkpoints import Checkpoint
+    from physformer_core.evaluation.features import FeatureExtractor
     from physformer_core.evaluation.pictures import DrawnPictures, PictureSource
-    from physformer_core.evaluation.scores import DistanceScore
     from physformer_core.pipeline import PhysFormerPipeline
     from physformer_core.project import RunRecorder
 
@@ -31,6 +35,8 @@ FID_EPILOG = """Examples:
     physformer eval fid data/scenes --checkpoint runs/nano --num 10000
 
     physformer eval fid photos/ --generated outputs/ --features inception --feature-model inception-2015-12-05.pt
+
+    physformer eval fid photos/ --generated outputs/ --clip-score openai/clip-vit-base-patch32
 
     physformer eval fid data/scenes --features efficientnet --save-statistics scenes.npz
 """
@@ -57,7 +63,10 @@ FeaturesOption = Annotated[
 ]
 FeatureModelOption = Annotated[
     str | None,
-    typer.Option(metavar="FILE|NAME", help="Inception's TorchScript file, or a DINOv2 or CLIP by folder or hub name."),
+    typer.Option(
+        metavar="FILE|NAME",
+        help="Inception's TorchScript file (else cached or downloaded), or a DINOv2 or CLIP by folder or hub name.",
+    ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", "-s", min=0, help="Seed of the noise.")]
 StepsOption = Annotated[
@@ -103,13 +112,23 @@ def fid(
     ] = None,
     seed: SeedOption = 0,
     steps: StepsOption = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompts; 4 if not given.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help=f"How strongly to follow the prompts; {DEFAULT_GUIDANCE:g} if not given.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(help="What the drawing network computes in: auto (if not given), fp32, bf16 or fp16."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures that the feature network sees at once.")] = 32,
+    clip_score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|NAME",
+            help="Also score generated pictures against their captions with this CLIP. Captions are the prompts; those "
+            "of files stand beside them (NAME.txt) or in the PNG.",
+        ),
+    ] = None,
     save_statistics: Annotated[
         Path | None,
         typer.Option(metavar="FILE.npz", help="Keep the reference's statistics. Alone, nothing else is done."),
@@ -134,6 +153,7 @@ def fid(
             ("--prompts", prompts is not None and (generated is not None or only_save), "no drawing"),
             ("--steps", steps is not None and (generated is not None or only_save), "no drawing"),
             ("--guidance", guidance is not None and (generated is not None or only_save), "no drawing"),
+            ("--clip-score", clip_score is not None and only_save, "no generated pictures"),
             ("--dtype", dtype is not None and (generated is not None or only_save), "no drawing"),
             ("--split", split is not None and is_file, "a statistics file"),
             ("--save-statistics", save_statistics is not None and is_file, "a statistics file"),
@@ -148,7 +168,7 @@ def fid(
 
     with recorded_run("eval fid", record=not no_record, notify=console.say) as run:
         found = find_checkpoint(checkpoint) if generated is None and not only_save else None
-        from physformer_core.evaluation.features import load_extractor
+        from physformer_core.evaluation.clip_score import ClipScorer
         from physformer_core.evaluation.frechet import save_statistics as write_statistics
         from physformer_core.evaluation.pictures import open_source
         from physformer_core.evaluation.scores import compare, gather, read_reference
@@ -156,7 +176,8 @@ def fid(
         from physformer_core.hardware import resolve_device
 
         where = resolve_device(device)
-        extractor = load_extractor(features, feature_model, where)
+        extractor = _extractor(features, feature_model, where)
+        scorer = None if clip_score is None else ClipScorer(clip_score, where, batch_size=batch_size)
         source = None if is_file else open_source(reference, size=size or 256, split=split)
         _check_set_options(source, size, split, drawn_by_size=prompts is not None and not only_save)
         statistics = read_reference(reference, extractor) if source is None else None
@@ -164,11 +185,19 @@ def fid(
         with console.progress() as add:
             if found is not None:
                 requests = _fid_requests(
-                    source, prompts, num or 10_000, size or 256, seed, steps, 4.0 if guidance is None else guidance
+                    source,
+                    prompts,
+                    num or 10_000,
+                    size or 256,
+                    seed,
+                    steps,
+                    DEFAULT_GUIDANCE if guidance is None else guidance,
                 )
                 drawn = _drawn(found, requests, str(where), dtype or "auto", run)
             elif generated is not None:
                 drawn = open_source(generated, size=size or 256)
+            # Asked for now: missing captions are told before the reference is gone through.
+            seen = None if drawn is None else drawn if scorer is None else scorer.watch(drawn.captioned())
             if statistics is None:
                 assert source is not None
                 statistics = gather(
@@ -179,9 +208,9 @@ def fid(
                 save_statistics = next_free_name(save_statistics)
                 write_statistics(save_statistics, statistics)
                 run.add_output(save_statistics)
-            if drawn is not None:
+            if drawn is not None and seen is not None:
                 other = gather(
-                    _shown(drawn, add("generated", drawn.count, unit="pictures")),
+                    _shown(seen, add("generated", drawn.count, unit="pictures")),
                     extractor, drawn.recipe, batch_size=batch_size, seed=seed,
                 )  # fmt: skip
         run.device, run.seeds = str(where), [seed]
@@ -191,12 +220,13 @@ def fid(
             run.replay_with("--save-statistics", output=save_statistics, folder=False)
             console.say(f"wrote {save_statistics}: statistics of {statistics.count} pictures")
             return
-        score = compare(statistics, other, extractor, seed=seed)
+        clip = None if scorer is None else scorer.result()
+        score = compare(statistics, other, extractor, seed=seed, clip=clip)
         run.config = score.as_dict()
         _write_result(output, score.as_dict(), run)
         if output is not None and save_statistics is None:  # a replay can send only one file elsewhere
             run.replay_with("--output", "-o", output=output, folder=False)
-        _print_distances(score, json_output)
+        evaluate_show.print_distances(score, json_output)
         if max_distance is not None and score.frechet > max_distance:
             _miss(run, [f"{score.name} {score.frechet:.4g} is more than {max_distance:g}"])
 
@@ -209,7 +239,7 @@ def prompts(
     size: Annotated[str, typer.Option(metavar="SIDE|RES|WxH", help="256 (square), 720p or 1280x720.")] = "256",
     seed: SeedOption = 0,
     steps: StepsOption = None,
-    guidance: GuidanceOption = 4.0,
+    guidance: GuidanceOption = DEFAULT_GUIDANCE,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     features: FeaturesOption = "efficientnet",
@@ -253,7 +283,6 @@ def prompts(
     with recorded_run("eval prompts", record=not no_record, notify=console.say) as run:
         found = find_checkpoint(checkpoint)
         from physformer_core.data.contact_sheet import sheet_size, write_sheet
-        from physformer_core.evaluation.features import load_extractor
         from physformer_core.evaluation.gallery import load_gallery
         from physformer_core.evaluation.pictures import draw_requests
         from physformer_core.evaluation.prompt_accuracy import (
@@ -275,7 +304,7 @@ def prompts(
         aspect = width / height
         singles, pairs = single_cases(num, seed, aspect=aspect), relation_cases(relations, seed, aspect=aspect)
         cases = [*singles, *pairs]
-        extractor = load_extractor(features, feature_model, where)
+        extractor = _extractor(features, feature_model, where)
         requests = _requests([(case.prompt, width, height) for case in cases], seed, steps, guidance)
         drawn = _drawn(found, requests, str(where), dtype, run)
         with console.progress() as add:
@@ -313,7 +342,7 @@ def prompts(
         if json_output:
             console.print_json(result)
         else:
-            _print_prompts(result)
+            evaluate_show.print_prompts(result)
         _check_least(result, {"top1": min_top1, "top5": min_top5}, min_relations, run)
 
 
@@ -417,7 +446,22 @@ def _drawn(
     return DrawnPictures(found, pipeline, requests, name)
 
 
-def _shown(source: PictureSource, task: console.ProgressTask) -> Any:
+def _extractor(name: str, model: str | None, device: torch.device) -> FeatureExtractor:
+    """Loads a feature network, with a bar where it has to be downloaded first."""
+    from physformer_core.evaluation.features import INCEPTION_FILE, load_extractor
+
+    with console.progress() as add:
+        tasks: list[console.ProgressTask] = []
+
+        def on_bytes(done: int, total: int | None) -> None:
+            if not tasks:
+                tasks.append(add(f"downloading {INCEPTION_FILE}", total, unit="bytes"))
+            tasks[0].update(done)
+
+        return load_extractor(name, model, device, on_bytes)
+
+
+def _shown(source: Iterable[np.ndarray], task: console.ProgressTask) -> Any:
     from physformer_core.evaluation.pictures import counted
 
     return counted(source, task.update)
@@ -454,65 +498,6 @@ def _write_result(output: Path | None, result: Mapping[str, Any], run: RunRecord
     with atomic_write(name) as temporary:
         temporary.write_text(text, encoding="utf-8")
     run.add_output(name, sha256=hashlib.sha256(text.encode()).hexdigest())
-
-
-def _print_distances(score: DistanceScore, json_output: bool) -> None:
-    for warning in score.warnings:
-        console.warn(warning)
-    if json_output:
-        console.print_json(score.as_dict())
-        return
-    rows = [(score.name, f"{score.frechet:.4f}")]
-    if score.kid is not None:
-        rows.append(("KID x 1000", f"{1000 * score.kid:.4f} (subsets: +-{1000 * (score.kid_std or 0):.4f})"))
-    if score.precision is not None and score.recall is not None:
-        rows += [("precision", f"{score.precision:.4f}"), ("recall", f"{score.recall:.4f}")]
-    rows += [(side, f"{score.recipe[side]['count']} pictures") for side in ("reference", "generated")]
-    console.print_table(("MEASURE", "VALUE"), rows)
-    extractor = score.recipe["extractor"]
-    console.say(
-        f"features: {extractor['model']} ({extractor['sha256'][:12]}), {extractor['input']}; --json: the recipe"
-    )
-
-
-def _print_prompts(result: Mapping[str, Any]) -> None:
-    if "single" in result:
-        single = result["single"]
-        rows = [
-            ("all", *_cells(single), _percent(single["floor"]["top1"]) + " / " + _percent(single["floor"]["top5"])),
-            *((kind if kind != "plain" else "plain colour", *_cells(one), "") for kind, one in single["kinds"].items()),
-            *((one["category"], *_cells(one), "") for one in single["categories"]),
-        ]
-        console.print_table(("SUBJECTS", "NUMBER", "TOP-1", "95 %", "TOP-5", "CEILING 1 / 5", "FLOOR 1 / 5"), rows)
-    if "relations" in result:
-        pairs = result["relations"]
-        if "single" in result:
-            typer.echo()
-        rows = [
-            ("all", *_cells(pairs), _percent(pairs["floor"]["top1"]) + " / " + _percent(pairs["floor"]["top5"])),
-            *((one["relation"], *_cells(one), "") for one in pairs["relations"]),
-        ]
-        console.print_table(("RELATIONS", "NUMBER", "TOP-1", "95 %", "TOP-5", "CEILING 1 / 5", "FLOOR 1 / 5"), rows)
-        typer.echo(
-            f"subject seen {_percent(pairs['subject_top5'])}, other thing {_percent(pairs['other_top5'])} (top-5); "
-            f"the opposite relation would also fit {_percent(pairs['opposite']['drawn'])} of them, "
-            f"{_percent(pairs['opposite']['ceiling'])} of real scenes"
-        )
-
-
-def _cells(one: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
-    top1, ceiling = one["top1"], one["ceiling"]
-    return (
-        str(top1["count"]),
-        _percent(top1["value"]),
-        f"{100 * top1['low']:.0f}-{_percent(top1['high'])}",
-        _percent(one["top5"]["value"]),
-        f"{_percent(ceiling['top1'])} / {_percent(ceiling['top5'])}",
-    )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%" if 0 < share < 0.1 else f"{100 * share:.0f}%"
 
 
 def _check_least(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import logging
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from typing import Annotated
 import typer
 
 from physformer_cli import console
+from physformer_core.chatter import hush
 from physformer_core.errors import PhysFormerError
 from physformer_core.version import __version__
 
@@ -37,9 +37,6 @@ COMMAND_MODULES = (
     "physformer_cli.info",
     "physformer_cli.runs",
 )
-
-# Where torchao is installed, diffusers imports it, and both then tell of libraries for other machines, each time.
-_CHATTERERS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 DEBUG_VARIABLE = "PHYSFORMER_DEBUG"
 REPORT_HINT = (
@@ -163,7 +160,6 @@ def _silence_stdout() -> int:
     return 0
 
 
-for _name in _CHATTERERS:
-    logging.getLogger(_name).setLevel(logging.ERROR)
+hush()
 for _module in COMMAND_MODULES:
     importlib.import_module(_module).register(app)

@@ -19,7 +19,7 @@ from physformer_core.batching import total_memory
 from physformer_core.benchmark.machine import MachinePeak, machine_facts
 from physformer_core.checkpoints import find_checkpoint, load_pipeline
 from physformer_core.errors import PhysFormerError
-from physformer_core.evaluation.gallery import cache_folder
+from physformer_core.files import cache_folder
 from physformer_core.hardware import DTYPES, has_fast_bfloat16, resolve_device, resolve_dtype
 from physformer_core.model.attention import DENSE_TOKENS
 from physformer_core.model.flex import FLEX_TOKENS, flex_verified, why_no_flex

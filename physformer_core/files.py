@@ -19,6 +19,12 @@ _HASH_BLOCK_BYTES = 1 << 20
 _unfilled_claims: set[Path] = set()
 
 
+def cache_folder() -> Path:
+    """Where derived data is kept between commands: XDG_CACHE_HOME/physformer, else ~/.cache/physformer."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "physformer"
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success it becomes `path`, on any exception it is removed.

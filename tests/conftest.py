@@ -48,3 +48,32 @@ def scene_set(scene_raw, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sets") / "scenes"
     preprocess(scene_raw, folder, config=PreprocessConfig(validation_fraction=0.2))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """A random CLIP of both halves with a tokenizer, as it would be downloaded; 8 tokens, pictures of 28 pixels."""
+    import json
+
+    import torch
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip") / "tiny"
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[])
+    tokenizer.save_pretrained(folder)
+    half = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    config = CLIPConfig(
+        text_config={**half, **ends, "vocab_size": len(words), "max_position_embeddings": 8},
+        vision_config={**half, "image_size": 28, "patch_size": 14},
+        projection_dim=12,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    statistics = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
+    return folder

@@ -14,7 +14,7 @@ from physformer_core.benchmark.machine import MachinePeak
 from physformer_core.benchmark.workers import OutOfMemory, Sample, Worker
 from physformer_core.errors import ConfigError, DeviceError
 
-SLOW_SECONDS = 15.0
+SLOW_SECONDS = 30.0
 """A run that takes longer is not repeated: its warm-up is its measurement."""
 
 

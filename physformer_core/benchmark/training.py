@@ -9,6 +9,7 @@ pipeline, compiling, Muon and average. So what differs speaks for the peer, but 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import tempfile
 import time
@@ -28,8 +29,9 @@ from physformer_core.config import RunConfig
 from physformer_core.data.loader import Batch, BatchStream
 from physformer_core.errors import ConfigError
 from physformer_core.hardware import DTYPES
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.training.trainer import StepReport, Trainer, model_arguments
-from physformer_core.training.watching import WorkMeter
+from physformer_core.training.watching import WorkMeter, batch_shape
 
 SCENES = 256
 """Scenes that are composed when no data are given: more than a batch, few enough to take seconds."""
@@ -40,21 +42,49 @@ _BLOCK = 4
 
 @dataclass
 class _Clock:
-    """Seconds of every timed step, what of them was waiting for data, and the operations they did."""
+    """Seconds of every timed step by kind of batch, and what of them was waiting for data."""
 
-    seconds: list[float] = dataclasses.field(default_factory=list)
+    seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     waited: float = 0.0
-    flops: list[int] = dataclasses.field(default_factory=list)
+
+    def add(self, kind: str, seconds: float) -> None:
+        """Notes a step."""
+        self.seconds.setdefault(kind, []).append(seconds)
+
+    @property
+    def total(self) -> float:
+        """Of all steps."""
+        return sum(map(sum, self.seconds.values()))
+
+    @property
+    def step(self) -> float:
+        """Seconds of a mean step: of each kind the median, weighed by how many there were.
+
+        Whole pictures and crops take different times, so that one median over both would be of neither; and a mean
+        would count a shape that is compiled late as training.
+        """
+        count = sum(map(len, self.seconds.values()))
+        return sum(len(times) * statistics.median(times) for times in self.seconds.values()) / count
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """Median seconds of each kind."""
+        return {kind: statistics.median(times) for kind, times in sorted(self.seconds.items())}
 
 
-def compose_data(folder: Path) -> Path:
-    """A small preprocessed set of scenes below ``folder``, for when there is no other."""
+def compose_data(folder: Path, config: RunConfig) -> Path:
+    """A small preprocessed set of scenes below ``folder``, for when there is no other.
+
+    Whole pictures are squares of the area that the configuration begins at: one size, so that there are few shapes to
+    compile. In larger sets with several buckets each is as many tokens, but is compiled on its own.
+    """
     from physformer_core.data.preprocess import preprocess
     from physformer_core.data.preprocess_config import PreprocessConfig
     from physformer_core.data.scenes import fetch_scenes
 
+    side = 8 * max(1, round(math.sqrt(config.flow.base_area) / 8))
     fetch_scenes(folder / "raw", count=SCENES, seed=0)
-    preprocess(folder / "raw", folder / "set", config=PreprocessConfig())
+    preprocess(folder / "raw", folder / "set", config=PreprocessConfig(buckets=((side, side),)))
     return folder / "set"
 
 
@@ -126,8 +156,8 @@ def measure_training(
         on_step: Called with the number of steps done, after each of ours.
 
     Returns:
-        The report of ``bench train``. ``ratio`` is images a second of ours over the peer's, from median step times:
-        a shape that is compiled late would otherwise count as training.
+        The report of ``bench train``. ``ratio`` is images a second of ours over the peer's; ``tokens`` says of each
+        kind of batch how many of the picture and of the prompt both saw.
 
     Raises:
         ConfigError: Fewer than one step is to be timed.
@@ -171,6 +201,8 @@ class _Turns:
         self._peak.observe()
         self._meter = WorkMeter(trainer.model, train.optimizer, self._peak.flops)
         self._ours, self._theirs = _Clock(), _Clock()
+        self._flops: list[int] = []
+        self._tokens: dict[str, list[tuple[int, int]]] = {}
         self._peer_done = 0
         self._resumed = time.perf_counter()
 
@@ -185,8 +217,10 @@ class _Turns:
         wait_for(self._trainer.device)
         took = time.perf_counter() - self._resumed
         if done > self._warmup:
-            self._ours.seconds.append(took)
-            self._ours.flops.append(self._meter.step(self._stream.batch(done - 1)))
+            batch = self._stream.batch(done - 1)
+            self._ours.add(batch.kind, took)
+            self._flops.append(self._meter.step(batch))
+            self._tokens.setdefault(batch.kind, []).append(batch_tokens(self._trainer.model, batch))
         if self._on_step is not None:
             self._on_step(done)
         if done == self._warmup + self._steps:
@@ -204,13 +238,14 @@ class _Turns:
         wait_for(self._trainer.device)
         self._peer_done += 1
         if self._peer_done > self._warmup:
-            self._theirs.seconds.append(time.perf_counter() - started)
+            self._theirs.add(batch.kind, time.perf_counter() - started)
 
     def report(self, preset: str) -> dict[str, Any]:
         """See `measure_training`."""
         trainer, batch = self._trainer, self._trainer.config.training.batch_size
         dtype = next(name for name, kind in DTYPES.items() if kind == trainer.dtype)
-        ours, theirs = (statistics.median(clock.seconds) for clock in (self._ours, self._theirs))
+        ours, theirs = self._ours.step, self._theirs.step
+        flops = statistics.mean(self._flops)
         return {
             "format": FORMAT,
             "what": "train",
@@ -220,21 +255,31 @@ class _Turns:
             "steps": self._steps,
             "dtype": dtype,
             "compiled": trainer.config.training.compile,
+            "tokens": {
+                kind: dict(zip(("picture", "prompt"), map(statistics.mean, zip(*seen, strict=True)), strict=True))
+                for kind, seen in sorted(self._tokens.items())
+            },
             "peer_layers": self._peer_layers,
             "ours": {
                 "parameters": self._parameters,
                 "seconds": ours,
-                "spread": max(self._ours.seconds) - min(self._ours.seconds),
+                "seconds_by_kind": self._ours.by_kind,
                 "images_per_second": batch / ours,
-                "wait_share": self._ours.waited / sum(self._ours.seconds),
-                "flops": statistics.median(self._ours.flops),
-                "matrix_share": statistics.median(self._ours.flops) / ours / self._peak.flops,
+                "wait_share": self._ours.waited / self._ours.total,
+                "flops": flops,
+                "matrix_share": flops / ours / self._peak.flops,
             },
             "peer": {
                 "parameters": self._peer_parameters,
                 "seconds": theirs,
-                "spread": max(self._theirs.seconds) - min(self._theirs.seconds),
+                "seconds_by_kind": self._theirs.by_kind,
                 "images_per_second": batch / theirs,
             },
             "ratio": theirs / ours,
         }
+
+
+def batch_tokens(model: PhysFormerTransformer2DModel, batch: Batch) -> tuple[int, int]:
+    """Tokens of a picture and of a prompt of a batch, as ours computes them."""
+    height, width, prompt = batch_shape(model, batch)
+    return height * width, prompt

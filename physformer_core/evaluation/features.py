@@ -8,10 +8,15 @@ straight to the network's square (Parmar et al., On Aliased Resizing and Surpris
 
 from __future__ import annotations
 
+import hashlib
+import http.client
 import importlib.util
+import json
 import pickle
+import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from physformer_core.errors import CheckpointError, ConfigError
-from physformer_core.files import sha256_file
+from physformer_core.files import atomic_write, cache_folder, sha256_file
 
 EXTRACTORS = ("efficientnet", "inception", "dinov2", "clip")
 
@@ -31,14 +36,18 @@ _EFFICIENTNET_CODE = "efficientnet_lite_pytorch"
 _EFFICIENTNET_SIDE = 224
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
+INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 _INCEPTION_SIDE = 299
 _INCEPTION_WIDTH = 2048
 _INCEPTION_HINT = (
-    f"get {INCEPTION_FILE} (the TorchScript file that StyleGAN and clean-fid use) and name it: "
+    f"get {INCEPTION_FILE} (the TorchScript file that StyleGAN2-ADA and clean-fid use) and name it: "
     f"--feature-model {INCEPTION_FILE}"
 )
+_DOWNLOAD_BLOCK = 2**20
 
 DEFAULT_MODELS = {"dinov2": "facebook/dinov2-base", "clip": "openai/clip-vit-base-patch32"}
+_WANTED_FILES = ["*.json", "merges.txt", "model.safetensors", "model-*.safetensors"]
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 RESIZE = "Pillow bicubic, antialiased, in floating point, straight to the network's square"
@@ -65,8 +74,11 @@ class FeatureExtractor(ABC):
 
     @property
     def distance_name(self) -> str:
-        """What a Fréchet distance in these features is called; only one network's is the FID."""
-        return "FID" if self.name == "inception" else f"Fréchet distance ({self.name} features, not FID)"
+        """What a Fréchet distance in these features is called; only one network's, with its own weights, is the FID."""
+        if self.fingerprint == INCEPTION_SHA256:
+            return "FID"
+        other = f" of other weights, {self.model}" if self.name == "inception" else ""
+        return f"Fréchet distance ({self.name} features{other}, not FID)"
 
     def recipe(self) -> dict[str, Any]:
         """What it takes to get the same features, to be stored with every score."""
@@ -221,53 +233,92 @@ class TransformersExtractor(FeatureExtractor):
     """
 
     def __init__(self, name: str, model: str, device: str | torch.device = "cpu") -> None:
-        from safetensors import SafetensorError
-        from transformers import AutoConfig, CLIPVisionModelWithProjection, Dinov2Model
+        from transformers import CLIPVisionModelWithProjection, Dinov2Model
 
-        folder = _model_folder(name, model)
-        weights = sorted(folder.glob("model*.safetensors"))
-        if not weights:
-            raise CheckpointError(f"{model} has no weights in safetensors", hint="pickles are never read")
-        self.name, self.model = name, model
         self.device = torch.device(device)
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            kinds = {"dinov2": ("dinov2",), "clip": ("clip", "clip_vision_model")}[name]
-            if config.model_type not in kinds:
-                raise ConfigError(
-                    f"{model} is a model of kind {config.model_type!r}, not {name}",
-                    hint=f"for example: --feature-model {DEFAULT_MODELS[name]}",
-                )
-            model_class: Any = Dinov2Model if name == "dinov2" else CLIPVisionModelWithProjection
-            network, loading = model_class.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"cannot load {model}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}",
-                hint="check that its files are whole",
-            ) from error
-        if loading["missing_keys"]:
-            raise CheckpointError(
-                f"{model} lacks {min(loading['missing_keys'])}", hint="check that its files are whole"
-            )
-        vision = network.config
-        self._network = network.eval().requires_grad_(False).to(self.device)
+        if name == "dinov2":
+            loaded = load_frozen(Dinov2Model, ("dinov2",), name, model, self.device)
+        else:
+            loaded = load_frozen(CLIPVisionModelWithProjection, ("clip", "clip_vision_model"), name, model, self.device)
+        self.name, self.model, self.fingerprint = name, model, loaded.fingerprint
+        self._network, self._normalise = loaded.network, loaded.normalise
+        vision = loaded.network.config
         self.width = int(vision.hidden_size if name == "dinov2" else vision.projection_dim)
         # DINOv2 was trained at 518 and is used at 224; its position embedding is interpolated.
         self.side = 224 if name == "dinov2" else int(vision.image_size)
-        hashes = [sha256_file(path) for path in weights]
-        self.fingerprint = hashes[0] if len(hashes) == 1 else _joined(hashes)
-        mean, std = _picture_statistics(folder)
-        self._normalise = _normaliser(mean, std, self.device)
 
     def _run(self, pixels_bchw: Tensor) -> Tensor:
         output = self._network(pixel_values=self._normalise(pixels_bchw))
         return output.last_hidden_state[:, 0] if self.name == "dinov2" else output.image_embeds
 
 
+@dataclass(frozen=True)
+class FrozenNetwork:
+    """A network of transformers with what its pictures need.
+
+    Args:
+        network: In evaluation mode on its device, without gradients.
+        folder: Its files.
+        fingerprint: SHA-256 of its weights.
+        normalise: From float32 pixels 0 to 255 to what it was trained on.
+    """
+
+    network: Any
+    folder: Path
+    fingerprint: str
+    normalise: Callable[[Tensor], Tensor]
+
+
+def load_frozen(model_class: Any, kinds: Sequence[str], name: str, model: str, device: torch.device) -> FrozenNetwork:
+    """Loads a network of transformers by folder or hub name, from safetensors alone.
+
+    Args:
+        model_class: A class of transformers.
+        kinds: The ``model_type`` that its config may have.
+        name: "dinov2" or "clip", for messages.
+        model: A folder or a Hugging Face name.
+        device: Where it runs.
+
+    Raises:
+        CheckpointError: It cannot be had, has no safetensors weights, or lacks some of them.
+        ConfigError: It is a model of another kind.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
+    folder = _model_folder(name, model)
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not weights:
+        raise CheckpointError(f"{model} has no weights in safetensors", hint="pickles are never read")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if config.model_type not in kinds:
+            raise ConfigError(
+                f"{model} is a model of kind {config.model_type!r}, not {name}",
+                hint=f"for example {DEFAULT_MODELS[name]}",
+            )
+        network, loading = model_class.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"cannot load {model}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}",
+            hint="check that its files are whole",
+        ) from error
+    if loading["missing_keys"]:
+        raise CheckpointError(f"{model} lacks {min(loading['missing_keys'])}", hint="check that its files are whole")
+    hashes = [sha256_file(path) for path in weights]
+    fingerprint = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    mean, std = _picture_statistics(folder)
+    frozen = network.eval().requires_grad_(False).to(device)
+    return FrozenNetwork(frozen, folder, fingerprint, _normaliser(mean, std, device))
+
+
 def load_extractor(
-    name: str = "efficientnet", model: str | None = None, device: str | torch.device = "cpu"
+    name: str = "efficientnet",
+    model: str | None = None,
+    device: str | torch.device = "cpu",
+    on_bytes: Callable[[int, int | None], None] | None = None,
 ) -> FeatureExtractor:
     """Loads a feature network.
 
@@ -275,6 +326,7 @@ def load_extractor(
         name: One of `EXTRACTORS`.
         model: Inception's TorchScript file, or the folder or hub name of a DINOv2 or CLIP. EfficientNet takes none.
         device: Where it runs.
+        on_bytes: See `inception_file`.
 
     Raises:
         ConfigError: The name is unknown, or `model` has no effect.
@@ -287,10 +339,45 @@ def load_extractor(
             raise ConfigError("--feature-model has no effect with efficientnet: its weights are pinned")
         return EfficientNetExtractor(device)
     if name == "inception":
-        if model is None:
-            raise CheckpointError("the Inception network is not part of any package", hint=_INCEPTION_HINT)
-        return InceptionExtractor(model, device)
+        return InceptionExtractor(inception_file(on_bytes) if model is None else model, device)
     return TransformersExtractor(name, model or DEFAULT_MODELS[name], device)
+
+
+def inception_file(on_bytes: Callable[[int, int | None], None] | None = None) -> Path:
+    """The Inception network's file from the cache, downloaded into it (96 MB) if it is not there.
+
+    Args:
+        on_bytes: Told (bytes so far, bytes in all if the server says) while downloading.
+
+    Raises:
+        CheckpointError: It cannot be had, or is not the file that scores are compared by.
+        OutputError: The cache cannot be written.
+    """
+    path = cache_folder() / INCEPTION_FILE
+    if path.is_file():
+        if sha256_file(path) != INCEPTION_SHA256:
+            raise CheckpointError(f"{path} is damaged", hint="delete it, so that it is downloaded again")
+        return path
+    try:
+        with urllib.request.urlopen(INCEPTION_URL, timeout=30) as answer, atomic_write(path) as temporary:
+            length = int(answer.headers.get("Content-Length") or 0) or None
+            digest, done = hashlib.sha256(), 0
+            with temporary.open("wb") as file:
+                while block := answer.read(_DOWNLOAD_BLOCK):
+                    file.write(block)
+                    digest.update(block)
+                    done += len(block)
+                    if on_bytes is not None:
+                        on_bytes(done, length)
+            if digest.hexdigest() != INCEPTION_SHA256:
+                raise CheckpointError(
+                    f"{INCEPTION_URL} gave another file (sha256 {digest.hexdigest()[:12]}...)", hint=_INCEPTION_HINT
+                )
+    except (OSError, http.client.HTTPException) as error:
+        raise CheckpointError(
+            f"the Inception network is not in the cache and cannot be downloaded ({error})", hint=_INCEPTION_HINT
+        ) from error
+    return path
 
 
 def _normaliser(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -306,8 +393,6 @@ def _picture_statistics(folder: Path) -> tuple[Sequence[float], Sequence[float]]
     Raises:
         CheckpointError: It states none: guessed ones would give wrong features without a sign of it.
     """
-    import json
-
     path = folder / "preprocessor_config.json"
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
@@ -325,15 +410,9 @@ def _model_folder(name: str, model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "model.safetensors", "model-*.safetensors"]))
+        return Path(snapshot_download(model, allow_patterns=_WANTED_FILES))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} model {model!r} is no folder here and cannot be had from Hugging Face ({type(error).__name__})",
             hint="check the name and the network, or use --features efficientnet, which needs neither",
         ) from error
-
-
-def _joined(hashes: Sequence[str]) -> str:
-    import hashlib
-
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

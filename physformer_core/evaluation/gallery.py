@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from physformer_core.data.scenes import Concept, compose_scene, load_concepts, r
 from physformer_core.data.scenes.fetch import SCENES_VERSION
 from physformer_core.errors import OutputError
 from physformer_core.evaluation.features import FeatureExtractor
-from physformer_core.files import atomic_write
+from physformer_core.files import atomic_write, cache_folder
 
 GALLERY_SEED = 71_000_003
 """Collection that the clean renders come from; no training set should use it."""
@@ -111,12 +110,6 @@ def load_gallery(
         if notify is not None:
             notify(f"the renders of the concepts could not be kept for the next time: {error.message}")
     return Gallery(chosen, vectors, key)
-
-
-def cache_folder() -> Path:
-    """Where derived data is kept between commands: XDG_CACHE_HOME/physformer, else ~/.cache/physformer."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "physformer"
 
 
 def _render(concept: Concept, number: int, caged: bool, side: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,12 @@ from physformer_core.data.contact_sheet import set_format
 from physformer_core.data.framing import UnusablePicture, open_bitmap
 from physformer_core.data.latents import decode_picture
 from physformer_core.data.loader import ShardSet
-from physformer_core.data.preprocess import RAW_FORMAT
 from physformer_core.data.scenes.render import render_svg
+from physformer_core.data.set_folder import RAW_FORMAT
 from physformer_core.drawing import draw_batch
 from physformer_core.errors import DataError
 from physformer_core.files import sha256_file
+from physformer_core.metadata import read_metadata
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,14 @@ class PictureSource(ABC):
     def recipe(self) -> dict[str, Any]:
         """What the pictures are, with a hash, to be stored with every score."""
 
+    def captioned(self) -> Iterator[tuple[np.ndarray, str]]:
+        """The pictures, each with its own (first) caption.
+
+        Raises:
+            DataError: One has none; said before the first picture is made, where that can be known.
+        """
+        raise DataError("these pictures have no captions of their own", hint="leave --clip-score out")
+
     def captions(self, count: int) -> list[Captioned]:
         """Captions evenly spread over the set, again from the start where it has fewer.
 
@@ -101,6 +110,10 @@ class FolderPictures(PictureSource):
             except UnusablePicture as error:
                 raise DataError(f"{path} {error}", hint="remove it or mend it") from error
 
+    def captioned(self) -> Iterator[tuple[np.ndarray, str]]:
+        captions = [_caption_of(path) for path in self._files]
+        return zip(self, captions, strict=True)
+
     @cached_property
     def _sha256(self) -> str:
         # Of contents alone, so that a copied or renamed set stays the same set.
@@ -129,14 +142,22 @@ class RawPictures(PictureSource):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for row in self._rows(["key", "svg", "image", "width", "height"]):
-            if row["svg"] is not None:
-                height, width = self._sides(row)
-                yield render_svg(row["svg"], width, height)
-                continue
-            try:
-                yield np.asarray(open_bitmap(row["image"]))
-            except UnusablePicture as error:
-                raise DataError(f"{self._folder}: {row['key']} {error}", hint="fetch the set again") from error
+            yield self._picture(row)
+
+    def captioned(self) -> Iterator[tuple[np.ndarray, str]]:
+        for row in self._rows(["key", "svg", "image", "width", "height", "captions"]):
+            if not row["captions"]:
+                raise DataError(f"{self._folder}: {row['key']} has no caption", hint="leave --clip-score out")
+            yield self._picture(row), row["captions"][0]
+
+    def _picture(self, row: dict[str, Any]) -> np.ndarray:
+        if row["svg"] is not None:
+            height, width = self._sides(row)
+            return render_svg(row["svg"], width, height)
+        try:
+            return np.asarray(open_bitmap(row["image"]))
+        except UnusablePicture as error:
+            raise DataError(f"{self._folder}: {row['key']} {error}", hint="fetch the set again") from error
 
     def captions(self, count: int) -> list[Captioned]:
         found = [
@@ -187,22 +208,28 @@ class ShardPictures(PictureSource):
             raise DataError(f"{folder} has no whole pictures of the split {split or 'train or validation'}")
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for split in self._splits:
-            for group in self._shards.groups("base", split):
-                for row in range(group.count):
-                    yield decode_picture(self._shards.field, group.field(row))
+        for group, row in self._rows():
+            yield decode_picture(self._shards.field, group.field(row))
+
+    def captioned(self) -> Iterator[tuple[np.ndarray, str]]:
+        for group, row in self._rows():
+            yield decode_picture(self._shards.field, group.field(row)), self._caption(group, row)
 
     def captions(self, count: int) -> list[Captioned]:
+        factor = self._shards.field.factor
         found = [
-            Captioned(
-                self._shards.caption(int(group.caption_rows[group.caption_starts[row]])),
-                *(side * self._shards.field.factor for side in group.size),
-            )
-            for split in self._splits
-            for group in self._shards.groups("base", split)
-            for row in range(group.count)
+            Captioned(self._caption(group, row), *(side * factor for side in group.size)) for group, row in self._rows()
         ]
         return _spread(found, count, self._shards.folder)
+
+    def _rows(self) -> Iterator[tuple[Any, int]]:
+        """Every whole picture: its group and its row in it."""
+        for split in self._splits:
+            for group in self._shards.groups("base", split):
+                yield from ((group, row) for row in range(group.count))
+
+    def _caption(self, group: Any, row: int) -> str:
+        return self._shards.caption(int(group.caption_rows[group.caption_starts[row]]))
 
     def recipe(self) -> dict[str, Any]:
         return {"kind": "preprocessed", "count": self.count, "sha256": self._shards.key, "splits": list(self._splits)}
@@ -228,6 +255,10 @@ class DrawnPictures(PictureSource):
     def __iter__(self) -> Iterator[np.ndarray]:
         for _, picture in draw_requests(self._checkpoint, self.pipeline, self._requests):
             yield picture
+
+    def captioned(self) -> Iterator[tuple[np.ndarray, str]]:
+        for number, picture in draw_requests(self._checkpoint, self.pipeline, self._requests):
+            yield picture, self._requests[number].prompt
 
     def recipe(self) -> dict[str, Any]:
         return drawing_recipe(self._checkpoint, self.pipeline.device, self._dtype, self._requests)
@@ -295,12 +326,40 @@ def open_source(path: str | Path, *, size: int = 256, split: str | None = None) 
     return RawPictures(folder, size) if set_format(folder) == RAW_FORMAT else ShardPictures(folder, split)
 
 
-def counted(pictures: PictureSource, on_picture: Callable[[int], None] | None) -> Iterator[np.ndarray]:
+def counted(pictures: Iterable[np.ndarray], on_picture: Callable[[int], None] | None) -> Iterator[np.ndarray]:
     """The pictures, telling how many have been taken."""
     for number, picture in enumerate(pictures, start=1):
         yield picture
         if on_picture is not None:
             on_picture(number)
+
+
+def _caption_of(path: Path) -> str:
+    """The caption of a picture file: a text file of the same name beside it, else the prompt that a PNG tells.
+
+    Raises:
+        DataError: There is neither.
+    """
+    beside = path.with_suffix(".txt")
+    try:
+        caption = beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the caption {beside}: {error}") from error
+    if not caption and path.suffix.lower() == ".png":
+        try:
+            caption = read_metadata(path).prompt
+        except DataError as error:
+            raise _captionless(path) from error
+    if not caption:
+        raise _captionless(path)
+    return caption
+
+
+def _captionless(path: Path) -> DataError:
+    return DataError(
+        f"{path} has no caption",
+        hint=f"{path.stem}.txt beside it, or a PNG that physformer wrote; or leave --clip-score out",
+    )
 
 
 def _spread(found: Sequence[Captioned], count: int, folder: Path) -> list[Captioned]:

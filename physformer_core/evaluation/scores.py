@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from physformer_core.errors import DataError
+from physformer_core.evaluation.clip_score import ClipScore
 from physformer_core.evaluation.features import FeatureExtractor
 from physformer_core.evaluation.frechet import (
     TRUSTED_COUNT,
@@ -37,6 +38,8 @@ class DistanceScore:
         frechet: The distance.
         kid, kid_std: Kernel distance, mean and spread over subsets; None where a side is a statistics file.
         precision, recall: None where a side is a statistics file.
+        clip, clip_error: CLIP score of the generated pictures and their captions, and the standard error of its mean;
+            None if not asked for.
         recipe: How the score came about.
         warnings: What to bear in mind.
     """
@@ -49,6 +52,8 @@ class DistanceScore:
     recall: float | None
     recipe: Mapping[str, Any]
     warnings: tuple[str, ...]
+    clip: float | None = None
+    clip_error: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -124,7 +129,12 @@ def read_reference(path: str | Path, extractor: FeatureExtractor) -> FeatureStat
 
 
 def compare(
-    reference: FeatureStatistics, generated: FeatureStatistics, extractor: FeatureExtractor, *, seed: int = 0
+    reference: FeatureStatistics,
+    generated: FeatureStatistics,
+    extractor: FeatureExtractor,
+    *,
+    seed: int = 0,
+    clip: ClipScore | None = None,
 ) -> DistanceScore:
     """All distances that the two sides allow.
 
@@ -133,6 +143,7 @@ def compare(
         generated: The pictures that are judged.
         extractor: The network both went through.
         seed: Of KID's subsets.
+        clip: The generated pictures' CLIP score, if it was asked for.
     """
     frechet = frechet_distance(reference.mean, reference.covariance, generated.mean, generated.covariance)
     kid = kid_std = precision = recall = None
@@ -147,10 +158,18 @@ def compare(
         "generated": {"count": generated.count, **{k: v for k, v in generated.recipe.items() if k != "extractor"}},
         "kid": {"subset_size": 1000, "subsets": 100, "seed": seed},
         "precision_recall": {"neighbours": _NEIGHBOURS},
-    }
-    name = extractor.distance_name
+    } | ({"clip_score": clip.recipe} if clip is not None else {})
     return DistanceScore(
-        name, frechet, kid, kid_std, precision, recall, recipe, tuple(_warnings(reference, generated, extractor))
+        extractor.distance_name,
+        frechet,
+        kid,
+        kid_std,
+        precision,
+        recall,
+        recipe,
+        tuple(_warnings(reference, generated, extractor)),
+        clip=None if clip is None else clip.mean,
+        clip_error=None if clip is None else clip.standard_error,
     )
 
 

@@ -114,7 +114,7 @@ def test_fid_of_drawn_pictures(physformer, tiny_features, tiny_checkpoint, scene
     assert code == 0, err
     made = json.loads(out)["recipe"]["generated"]["pictures"]
     assert made["kind"] == "checkpoint" and made["sha256"] == find_checkpoint(tiny_checkpoint).sha256
-    assert made["count"] == 4 and made["guidance"] == 4.0 and made["steps"] == [1] and made["seeds"] == [0]
+    assert made["count"] == 4 and made["guidance"] == 3.0 and made["steps"] == [1] and made["seeds"] == [0]
     code, out, err = physformer(
         "eval", "fid", scene_raw, "--checkpoint", tiny_checkpoint, "--num", 2, "--steps", 1, "--size", 32, "--json"
     )
@@ -130,6 +130,28 @@ def test_fid_with_prompts_of_a_file(physformer, tiny_features, tiny_checkpoint, 
     assert code == 0 and json.loads(out)["recipe"]["generated"]["pictures"]["sizes"] == ["32x32"], err
     code, _, err = physformer("eval", "fid", "real", "--checkpoint", tiny_checkpoint, "--num", 3)
     assert code == 1 and "no captions" in err and "--prompts" in err
+
+
+def test_clip_score_of_captioned_pictures(physformer, tiny_features, folders, tiny_clip, tiny_checkpoint):
+    for number in range(6):
+        Path(f"made/{number}.txt").write_text(f"a cat {number}")
+    arguments = ("eval", "fid", "real", "--clip-score", tiny_clip, "--json", "--no-record")
+    code, out, err = physformer(*arguments, "--generated", "made")
+    shown = json.loads(out)
+    assert code == 0 and 0 <= shown["clip"] <= 100 and shown["clip_error"] is not None, err
+    recipe = shown["recipe"]["clip_score"]
+    assert recipe["count"] == 6 and len(recipe["sha256"]) == len(recipe["captions_sha256"]) == 64
+    code, out, _ = physformer("eval", "fid", "real", "--clip-score", tiny_clip, "--generated", "made", "--no-record")
+    assert code == 0 and "CLIP score" in out
+    Path("p.txt").write_text("a cat\na dog\n")
+    drawn = ("--checkpoint", tiny_checkpoint, "--num", 3, "--prompts", "p.txt", "--size", 32, "--steps", 1)
+    code, out, err = physformer(*arguments, *drawn)
+    assert code == 0 and json.loads(out)["recipe"]["clip_score"]["count"] == 3, err
+    Path("made/3.txt").unlink()
+    code, out, err = physformer(*arguments, "--generated", "made")
+    assert code == 1 and "3.png has no caption" in err and out == ""
+    code, _, err = physformer(*arguments, "--save-statistics", "x.npz")
+    assert code == 1 and "--clip-score has no effect" in err
 
 
 @pytest.mark.parametrize(
@@ -153,7 +175,8 @@ def test_fid_mistakes(physformer, tiny_features, folders, arguments, word):
     assert code == 1 and word in err and out == "", err
 
 
-def test_features_that_are_not_there(physformer, folders):
+def test_features_that_are_not_there(physformer, folders, monkeypatch, tmp_path):
+    monkeypatch.setattr(features, "INCEPTION_URL", (tmp_path / "nothing").as_uri())
     code, _, err = physformer("eval", "fid", "real", "--generated", "made", "--features", "inception")
     assert code == 1 and "--feature-model inception-2015-12-05.pt" in err
     code, _, err = physformer("eval", "fid", "real", "--generated", "made", "--features", "vgg")

@@ -10,6 +10,7 @@ from PIL import Image
 from physformer_core.errors import CheckpointError, ConfigError
 from physformer_core.evaluation import features
 from physformer_core.evaluation.features import load_extractor, resize_square
+from physformer_core.files import sha256_file
 
 
 def pictures(count=2, height=40, width=56):
@@ -64,19 +65,56 @@ class _Inception(torch.nn.Module):
         return self.layers(x)
 
 
-def test_inception_from_a_torchscript_file(tmp_path):
+@pytest.fixture
+def inception_script(tmp_path, monkeypatch):
+    """A stand-in whose hash is taken for the real network's."""
     path = tmp_path / "inception.pt"
     torch.jit.script(_Inception()).save(path)
-    extractor = load_extractor("inception", str(path))
+    monkeypatch.setattr(features, "INCEPTION_SHA256", sha256_file(path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(features, "INCEPTION_URL", path.as_uri())
+    return path
+
+
+def test_inception_from_a_torchscript_file(inception_script):
+    extractor = load_extractor("inception", str(inception_script))
     grey = np.full((50, 70, 3), 192, np.uint8)
     found = extractor.extract([grey])
     assert found.shape == (1, 2048) and extractor.distance_name == "FID" and extractor.side == 299
     np.testing.assert_allclose(found, 0.5, atol=1e-6)  # (192 - 128) / 128
 
 
-def test_inception_files_that_are_none(tmp_path):
-    with pytest.raises(CheckpointError, match="not part of any package"):
+def test_only_the_networks_own_weights_give_a_fid(inception_script, monkeypatch):
+    monkeypatch.setattr(features, "INCEPTION_SHA256", "0" * 64)
+    name = load_extractor("inception", str(inception_script)).distance_name
+    assert name != "FID" and "other weights" in name and "not FID" in name
+
+
+def test_inception_is_downloaded_once_and_checked(inception_script):
+    told = []
+    extractor = load_extractor("inception", on_bytes=lambda done, total: told.append((done, total)))
+    size = inception_script.stat().st_size
+    assert told[-1] == (size, size) and extractor.distance_name == "FID"
+    inception_script.unlink()  # now the cache has it
+    assert load_extractor("inception").fingerprint == extractor.fingerprint
+    cached = features.cache_folder() / features.INCEPTION_FILE
+    cached.write_bytes(b"half of it")
+    with pytest.raises(CheckpointError, match="is damaged"):
         load_extractor("inception")
+    cached.unlink()
+    with pytest.raises(CheckpointError, match="cannot be downloaded") as raised:
+        load_extractor("inception")
+    assert "--feature-model" in raised.value.hint and not cached.exists()
+
+
+def test_another_file_is_never_kept(inception_script, monkeypatch):
+    monkeypatch.setattr(features, "INCEPTION_SHA256", "0" * 64)
+    with pytest.raises(CheckpointError, match="gave another file"):
+        load_extractor("inception")
+    assert not list(features.cache_folder().iterdir())
+
+
+def test_inception_files_that_are_none(tmp_path):
     with pytest.raises(CheckpointError, match="there is no file"):
         load_extractor("inception", str(tmp_path / "none.pt"))
     (tmp_path / "text.pt").write_text("text")
