@@ -434,5 +434,18 @@ def test_golden_values(model: PhysFormerTransformer2DModel) -> None:
         assert output.square().mean().sqrt().item() == pytest.approx(GOLDEN_RMS, abs=1e-4)
 
 
-GOLDEN = [-0.42639, 2.05781, -0.15011, -0.4949, 2.12913, -0.10281, -0.48126, -0.22995, -0.11431, -1.818, -0.56281, 0.64957]
+GOLDEN = [
+    -0.42639,
+    2.05781,
+    -0.15011,
+    -0.4949,
+    2.12913,
+    -0.10281,
+    -0.48126,
+    -0.22995,
+    -0.11431,
+    -1.818,
+    -0.56281,
+    0.64957,
+]
 GOLDEN_RMS = 1.29645
