@@ -362,7 +362,7 @@ def _train(
         if data_dir is None:
             console.say("composing a small set of scenes to train on")
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="physformer-bench-"))
-            data_dir = compose_data(Path(folder))
+            data_dir = compose_data(Path(folder), config)
         add = stack.enter_context(console.progress())
         task = add("training by turns", total=steps + warmup, unit="steps")
         return measure_training(

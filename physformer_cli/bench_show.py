@@ -179,22 +179,25 @@ def _interval(half_width: float | None) -> str:
 
 
 def _show_training(report: Mapping[str, Any]) -> None:
+    names = {"base": "whole pictures", "crop": "crops"}
     rows = [
         [
             name,
             f"{one['parameters'] / 1e6:.2f} M",
             f"{one['seconds']:.3f} s",
-            f"{one['spread']:.3f} s",
+            ", ".join(f"{names[kind]} {seconds:.3f} s" for kind, seconds in one["seconds_by_kind"].items()),
             f"{one['images_per_second']:.1f}",
         ]
         for name, one in (("physformer", report["ours"]), ("plain, dense", report["peer"]))
     ]
-    console.print_table(("trainer", "parameters", "step", "spread", "images/s"), rows)
+    console.print_table(("trainer", "parameters", "step", "of which", "images/s"), rows)
     ours = report["ours"]
+    tokens = [f"{names[kind]} {seen['picture']:.0f} + {seen['prompt']:.0f}" for kind, seen in report["tokens"].items()]
     typer.echo(
         f"{report['ratio']:.2f}x the images/s; waiting for data {100 * ours['wait_share']:.2f} % of the step; "
         f"{100 * ours['matrix_share']:.0f} % of the matrix peak ({report['dtype']}); batch {report['batch']}, "
-        f"{report['steps']} steps of each by turns, the peer with {report['peer_layers']} blocks"
+        f"{report['steps']} steps of each by turns, the peer with {report['peer_layers']} blocks; tokens of a picture "
+        f"and its prompt: {', '.join(tokens)}"
     )
 
 

@@ -80,7 +80,8 @@ class TrainConfig:
         parallel: What several processes do: ``ddp`` (each holds everything), ``fsdp`` (each holds a part of weights,
             gradients and optimizer state), or ``auto``: ddp where there are several.
         crop_fraction: Share of steps on crops of finer levels; the others are whole level-0 pictures.
-        crop_size: Side of a training crop in pixels.
+        crop_size: Side of a training crop in elements of the field; the smallest crops of a set with the default
+            buckets have 48.
         optimizer: ``muon`` or ``adamw``.
         lr, muon_lr: Peak learning rates of AdamW and of Muon.
         weight_decay, beta1, beta2: Of AdamW.
@@ -111,7 +112,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     parallel: str = "auto"
     crop_fraction: float = 0.25
-    crop_size: int = 64
+    crop_size: int = 48
     optimizer: str = "muon"
     lr: float = 6e-4
     muon_lr: float = 1e-3

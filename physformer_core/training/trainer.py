@@ -179,14 +179,14 @@ class Trainer:
             raise ConfigError("an adapter is too small to be divided over processes", hint="--parallel ddp")
 
     def _check_level_zero(self) -> None:
-        """Refuses whole pictures that sampling, with this configuration, would begin more than one level below."""
+        """Refuses whole pictures that sampling, with this configuration, would begin a level or more below."""
         pyramid = self.config.flow.pyramid(self.config.model.get("patch_size", 1))
         for group in self.shards.groups("base", "train"):
             height, width = group.size
             if len(pyramid.level_sizes(height, width)) > 1:
                 raise ConfigError(
                     f"this set's whole pictures have {width}x{height} elements, of which base_area {pyramid.base_area} "
-                    "would make level 1",
+                    f"would make level {len(pyramid.level_sizes(height, width)) - 1}",
                     hint=f"give `base_area = {height * width}` under [flow], or preprocess with other --buckets",
                 )
 
@@ -409,7 +409,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(_step_seed(train.seed, self.step))
         draws = self.objective.draw(batch, generator)
         losses = self.gradients.compute(self.objective, batch, draws, self.optimizer)
-        if not torch.isfinite(losses.norm):
+        # A loss can overflow whose gradients do not, on one rank alone; the norm is every rank's.
+        if not torch.isfinite(losses.norm) or self.ranks.any(not torch.isfinite(losses.mean)):
             self.skipped += 1
             self._bad_in_a_row += 1
             if self._bad_in_a_row >= MAX_BAD_STEPS:

@@ -31,12 +31,12 @@ class WorkMeter:
 
     def step(self, batch: Batch) -> int:
         """Operations of a step: a batch's forward and backward pass, and the optimizer."""
-        return batch.pixels_bchw.shape[0] * self._of_shape(*_shape(self._model, batch)) + self._update
+        return batch.pixels_bchw.shape[0] * self._of_shape(*batch_shape(self._model, batch)) + self._update
 
 
 def batch_flops(model: PhysFormerTransformer2DModel, batch: Batch) -> int:
     """Operations of forward and backward on one batch."""
-    return batch.pixels_bchw.shape[0] * _picture_flops(model, *_shape(model, batch))
+    return batch.pixels_bchw.shape[0] * _picture_flops(model, *batch_shape(model, batch))
 
 
 def newton_schulz_flops(matrix: Tensor) -> int:
@@ -45,7 +45,7 @@ def newton_schulz_flops(matrix: Tensor) -> int:
     return NEWTON_SCHULZ_STEPS * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
 
 
-def _shape(model: PhysFormerTransformer2DModel, batch: Batch) -> tuple[int, int, int]:
+def batch_shape(model: PhysFormerTransformer2DModel, batch: Batch) -> tuple[int, int, int]:
     """Height and width in tokens, and tokens of a prompt."""
     _, _, height, width = batch.pixels_bchw.shape
     patch = model.config.patch_size

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from physformer_core.benchmark.networks import peer_network
-from physformer_core.benchmark.training import PlainTrainer, measure_training, peer_layers
+from physformer_core.benchmark.training import PlainTrainer, compose_data, measure_training, peer_layers
 from physformer_core.config import load_preset
 from physformer_core.data.loader import BatchStream, ShardSet
 from physformer_core.errors import ConfigError
@@ -46,7 +46,20 @@ def test_both_do_their_steps(scene_set: Path) -> None:
     assert report["ratio"] == pytest.approx(peer["seconds"] / ours["seconds"])
     assert ours["images_per_second"] == pytest.approx(4 / ours["seconds"])
     assert 0 <= ours["wait_share"] < 1 and ours["matrix_share"] > 0 and ours["flops"] > 0
+    assert ours["seconds"] == pytest.approx((2 * ours["seconds_by_kind"]["base"] + ours["seconds_by_kind"]["crop"]) / 3)
+    areas = [group.size[0] * group.size[1] // 64 for group in ShardSet(scene_set).groups("base", "train")]
+    assert min(areas) <= report["tokens"]["base"]["picture"] <= max(areas)
+    assert report["tokens"]["crop"]["picture"] == (config.training.crop_size // 8) ** 2
     assert report["dtype"] == "fp32" and not report["compiled"] and report["what"] == "train"
+
+
+@pytest.mark.parametrize(("area", "side"), [(4096, 64), (1024, 32)])
+def test_composed_data_begin_where_the_preset_does(tmp_path: Path, area: int, side: int) -> None:
+    config = load_preset("debug").override("flow", base_area=area)
+    shards = ShardSet(compose_data(tmp_path, config))
+    assert [group.size for group in shards.groups("base", "train")] == [(side, side)]
+    smallest = min(min(group.size) for group in shards.groups("crop", "train"))
+    assert smallest >= config.training.crop_size
 
 
 def test_no_steps_are_refused(scene_set: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,6 +21,8 @@ from physformer_core.errors import CheckpointError, ConfigError, OutputError
 from physformer_core.training import checkpoint
 from physformer_core.training.checkpoint import list_checkpoints, load_training_state
 from physformer_core.training.trainer import MAX_BAD_STEPS, Trainer, TrainingDiverged
+
+pytestmark = pytest.mark.timeout(900)  # a machine with other work may take its time
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -320,6 +323,36 @@ def test_one_bad_step_is_skipped(scene_set, tmp_path):
     assert trainer.skipped == 1
     assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
     assert load_training_state(trainer.checkpoint_dir / "step-00000003").metadata["skipped"] == 1
+
+
+def test_a_step_whose_loss_alone_is_not_finite_is_skipped_too(scene_set, tmp_path):
+    trainer = make(scene_set, tmp_path, steps=2)
+    objective = trainer.objective
+
+    def overflowing(model, batch, draws):
+        losses = objective(model, batch, draws)
+        if batch.step == 1:
+            losses.mean = losses.mean + float("inf")  # its gradients are what they were
+        return losses
+
+    overflowing.draw = objective.draw
+    trainer.objective = overflowing
+    trainer.validate = dict
+    trainer.run()
+    assert trainer.skipped == 1
+
+
+@pytest.mark.parametrize(("share", "level"), [(2.5, 1), (10, 2)])
+def test_whole_pictures_that_are_no_level_0_are_refused(scene_set, tmp_path, share, level):
+    trainer = make(scene_set, tmp_path)
+    areas = [height * width for group in trainer.shards.groups("base", "train") for height, width in [group.size]]
+    config = load_preset("debug").override("flow", base_area=round(min(areas) / share))
+    with pytest.raises(
+        ConfigError, match=rf"whole pictures have \d+x\d+ elements.* would make level {level}"
+    ) as caught:
+        Trainer(config, scene_set, tmp_path, device="cpu")
+    named = int(re.search(r"`base_area = (\d+)` under", caught.value.hint)[1])
+    Trainer(config.override("flow", base_area=named), scene_set, tmp_path, device="cpu")
 
 
 def test_a_batch_in_parts_is_the_same_step(scene_set, tmp_path):
