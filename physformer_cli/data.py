@@ -183,7 +183,7 @@ def preprocess(
         str | None,
         typer.Option(
             help="WIDTHxHEIGHT,... of level-0 pictures, in elements of the field.",
-            show_default="64x64 and six of about its area, up to 96x40",
+            show_default="32x32 and six of about its area, up to 56x24",
         ),
     ] = None,
     base_views: Annotated[int, typer.Option(help="Whole pictures per example; from 2 on slightly zoomed ones.")] = 1,
@@ -207,7 +207,7 @@ def preprocess(
     """Cut a raw set into training examples and encode its captions.
 
     Does only what is missing, and nothing if all is there. With an autoencoder, elements of the field are its latents:
-    a level-0 picture of 64x64 elements is one of 512x512 pixels if the autoencoder shrinks by 8.
+    a level-0 picture of 32x32 elements is one of 256x256 pixels if the autoencoder shrinks by 8.
 
     [bold]Examples[/bold]
 
@@ -306,7 +306,7 @@ def show(
       physformer data show data/nano --kind crop --count 24 --columns 6 -o crops.png
     """
     from physformer_core.data import contact_sheet
-    from physformer_core.data.preprocess import RAW_FORMAT
+    from physformer_core.data.set_folder import RAW_FORMAT
     from physformer_core.errors import ConfigError, OutputError
     from physformer_core.files import next_free_name
     from physformer_core.project import recorded_run
@@ -399,24 +399,30 @@ def inspect(
 @data_app.command("bench")
 def bench(
     sides: Annotated[
-        str, typer.Option(help="Sides in pixels of the pictures whose rates are measured; empty for none.")
+        str, typer.Option(help="Sides in pixels of pictures that are made to be measured; empty for none.")
     ] = "72,512",
-    count: Annotated[int, typer.Option("--count", "-n", min=128, help="Pictures of each size.")] = 500,
+    scenes: Annotated[bool, typer.Option("--scenes", help="Also measure scenes.")] = False,
+    folder: Annotated[
+        list[Path] | None, typer.Option(help="Also measure the pictures of a folder.", show_default=False)
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=128, help="Pictures of each kind.")] = 500,
     memory: Annotated[
         str, typer.Option(help="Sizes of sets whose peak memory is measured, for example 10000,100000.")
     ] = "",
-    need: Annotated[float, typer.Option(min=0.001, help="Examples a second that training takes.")] = 70.0,
+    need: Annotated[float, typer.Option(min=0.001, help="Examples a second that training takes.")] = 110.0,
     as_json: console.JsonOption = False,
     no_record: console.NoRecordOption = False,
 ) -> None:
     """Measure how fast pictures are fetched, preprocessed and served, against decoding and resizing them alone.
 
-    Pictures are made for it, in a temporary folder. Rates are of one process; the shares are of processor time, which
-    other work on the machine does not change.
+    Everything is written into a temporary folder. Rates are of one process; the shares are of processor time, which
+    other work on the machine changes little. Scenes are compared with drawing them alone.
 
     [bold]Examples[/bold]
 
       physformer data bench
+
+      physformer data bench --sides "" --scenes --folder photos/ --count 2000
 
       physformer data bench --sides "" --memory 10000,100000 --json
     """
@@ -425,12 +431,20 @@ def bench(
 
     chosen, counts = _numbers("--sides", sides, int), _numbers("--memory", memory, int)
     with recorded_run("data bench", record=not no_record, notify=console.say) as run:
-        run.config = {"sides": chosen, "count": count, "memory": counts, "need": need}
+        folders = folder or []
+        run.config = {"sides": chosen, "scenes": scenes, "folder": folders, "count": count, "memory": counts}
+        run.config["need"] = need
+        make: list[Callable[[], throughput.Subject]] = [
+            *(functools.partial(throughput.photographs, side, count) for side in chosen),
+            *([functools.partial(throughput.Scenes, count)] if scenes else []),
+            *(functools.partial(throughput.pictures_of, path, count) for path in folders),
+        ]
         rates = []
         with console.progress() as add:
-            for side in chosen:
-                show = _progress_of(add, {"": (f"pictures of {side} pixels", "pictures")})
-                rates.append(throughput.measure_rates(side, count, progress=functools.partial(show, "")))
+            for one in make:
+                subject = one()
+                show = _progress_of(add, {"": (subject.name, "pictures")})
+                rates.append(throughput.measure_rates(subject, progress=functools.partial(show, "")))
             peaks = []
             if counts:
                 show = _progress_of(add, {"": ("measuring memory", "stages")})
@@ -438,19 +452,19 @@ def bench(
     if as_json:
         console.print_json({**throughput.as_dict(rates, peaks), "need": need})
         return
-    for one in rates:
+    for rate in rates:
         lines = [
-            ("decoded and resized alone", f"{one.limit:.0f} pictures/s", "1"),
-            ("fetched", f"{one.fetched:.0f} pictures/s", f"{one.fetched_share:.2f}"),
-            ("preprocessed", f"{one.preprocessed:.0f} pictures/s", f"{one.preprocessed_share:.2f}"),
-            ("captions encoded", f"{one.captions:.0f} captions/s", ""),
-            ("served by the loader", f"{one.examples:.0f} examples/s", f"{one.examples / need:.0f} times the need"),
+            ("decoded and resized alone", f"{rate.limit:.0f} pictures/s", "1"),
+            ("fetched", f"{rate.fetched:.0f} pictures/s", f"{rate.fetched_share:.2f}"),
+            ("preprocessed", f"{rate.preprocessed:.0f} pictures/s", f"{rate.preprocessed_share:.2f}"),
+            ("captions encoded", f"{rate.captions:.0f} captions/s", ""),
+            ("served by the loader", f"{rate.examples:.0f} examples/s", f"{rate.examples / need:.0f} times the need"),
         ]
-        console.print_table((f"{one.count} pictures of {one.side} pixels", "rate", "share of the limit"), lines)
+        console.print_table((f"{rate.count} {rate.pictures}", "rate", "share of the limit"), lines)
     if peaks:
         console.print_table(
             ("examples", "fetch", "captions and keys", "pictures"),
-            [(f"{one.count}", *(f"{one.peak[stage] / 2**20:.0f} MiB" for stage in one.peak)) for one in peaks],
+            [(f"{peak.count}", *(f"{size / 2**20:.0f} MiB" for size in peak.peak.values())) for peak in peaks],
         )
 
 

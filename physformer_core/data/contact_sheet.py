@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from physformer_core.data.framing import open_bitmap
 from physformer_core.data.latents import decode_picture
-from physformer_core.data.loader import SHARDS_FORMAT, ShardSet
-from physformer_core.data.preprocess import RAW_FORMAT
+from physformer_core.data.loader import ShardSet
 from physformer_core.data.scenes.render import render_svg
+from physformer_core.data.set_folder import RAW_FORMAT, SHARDS_FORMAT
 from physformer_core.errors import DataError, OutputError
 from physformer_core.files import atomic_write
 
@@ -148,9 +148,7 @@ def _raw_exhibits(folder: Path, count: int, size: int) -> Iterator[Exhibit]:
         if not len(inside):
             continue
         try:
-            table = pq.read_table(
-                folder / entry["name"], columns=["key", "svg", "image", "width", "height", "captions"]
-            )
+            table = pq.read_table(folder / entry["name"], columns=_RAW_COLUMNS)
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
             raise DataError(
                 f"cannot read {folder / entry['name']}: {error}", hint="fetch the set again: what is there is kept"

@@ -73,7 +73,7 @@ def make_examples(raw: dict[str, Any], config: PreprocessConfig, factor: int = 1
     if raw["svg"] is None:
         if raw["image"] is None:
             raise framing.UnusablePicture("no picture")
-        image = framing.open_bitmap(raw["image"])
+        image = framing.open_bitmap(raw["image"], grey=True)
         height, width = image.height, image.width
     bucket = framing.nearest_bucket(height, width, config.buckets)
     kept = framing.kept_area(height, width, bucket)
@@ -87,7 +87,8 @@ def make_examples(raw: dict[str, Any], config: PreprocessConfig, factor: int = 1
         return framing.FramedDrawing(raw["svg"], (height, width), pixels, zoom=zoom, offset=offset)
 
     picture = frame()
-    made = [Example("base", picture.whole())]
+    whole = picture.whole()
+    made = [Example("base", whole)]
     has_crops = config.crops_per_example > 0 and picture.max_level >= min(config.levels)
     if config.base_views == 1 and not has_crops:
         return Made(bucket, 1 - kept, made)
@@ -100,6 +101,7 @@ def make_examples(raw: dict[str, Any], config: PreprocessConfig, factor: int = 1
     for _ in range(crops):
         window = framing.choose_window(
             picture,
+            whole,
             rng,
             levels=config.levels,
             weights=config.level_weights,

@@ -20,8 +20,6 @@ from PIL import Image, ImageOps
 from physformer_core.data.scenes.render import render_svg
 from physformer_core.errors import DataError
 
-# Windows are compared at a quarter of their size: enough to tell a face from a sky, 16 times less to draw.
-_VARIANCE_SHRINK = 4
 _DENSE_PIXELS = 192
 
 
@@ -73,16 +71,9 @@ class FramedPicture(ABC):
             (window.left + window.width) / width,
         )
 
-    def variance(self, window: Window) -> float:
-        """How much happens in a window: pixel variance over its area, of a small rendering."""
-        return float(self._render(window, _VARIANCE_SHRINK).astype(np.float32).var(axis=(0, 1)).sum())
-
+    @abstractmethod
     def pixels(self, window: Window) -> np.ndarray:
         """A window at full resolution: uint8 [height, width, 3]."""
-        return self._render(window, 1)
-
-    @abstractmethod
-    def _render(self, window: Window, shrink: int) -> np.ndarray: ...
 
 
 class FramedDrawing(FramedPicture):
@@ -115,17 +106,17 @@ class FramedDrawing(FramedPicture):
             round((full - side) * part) for full, side, part in zip(self._full, bucket, offset, strict=True)
         )
 
-    def _render(self, window: Window, shrink: int) -> np.ndarray:
+    def pixels(self, window: Window) -> np.ndarray:
         level = window.level
         try:
             return render_svg(
                 self._svg,
-                window.width // shrink,
-                window.height // shrink,
-                full_width=(self._full[1] << level) // shrink,
-                full_height=(self._full[0] << level) // shrink,
-                top=((self._origin[0] << level) + window.top) // shrink,
-                left=((self._origin[1] << level) + window.left) // shrink,
+                window.width,
+                window.height,
+                full_width=self._full[1] << level,
+                full_height=self._full[0] << level,
+                top=(self._origin[0] << level) + window.top,
+                left=(self._origin[1] << level) + window.left,
             )
         except DataError as error:
             raise UnusablePicture("cannot be drawn") from error
@@ -135,7 +126,7 @@ class FramedBitmap(FramedPicture):
     """A bitmap cut to a bucket.
 
     Args:
-        image: RGB.
+        image: RGB, or grey (mode "L"), which is averaged in a third of the time.
         bucket, zoom, offset: As in `FramedDrawing`; a zoom that would need more resolution than there is is lowered.
 
     Raises:
@@ -162,55 +153,43 @@ class FramedBitmap(FramedPicture):
             (image.width - bucket[1] * self._reduction) * offset[1],
         )
 
-    def variance(self, window: Window) -> float:
-        # Of pixels here and there: their variance is that of all of them, and costs nothing beside the averages of a
-        # small rendering.
-        step, top, left = self._source_of(window)
-        samples = self._image.resize(
-            (window.width // _VARIANCE_SHRINK, window.height // _VARIANCE_SHRINK),
-            Image.Resampling.NEAREST,
-            box=(
-                left,
-                top,
-                min(left + window.width * step, self._image.width),
-                min(top + window.height * step, self._image.height),
-            ),
-        )
-        return float(np.asarray(samples, np.float32).var(axis=(0, 1)).sum())
-
-    def _source_of(self, window: Window) -> tuple[float, float, float]:
-        """(source pixels per pixel of the window's level, at least 1; top and left edge in source pixels)."""
-        step = self._reduction / 2**window.level
-        return step, self._origin[0] + window.top * step, self._origin[1] + window.left * step
-
-    def _render(self, window: Window, shrink: int) -> np.ndarray:
-        step, top, left = self._source_of(window)
-        step *= shrink
-        height, width = window.height // shrink, window.width // shrink
+    def pixels(self, window: Window) -> np.ndarray:
+        height, width = window.height, window.width
+        step = self._reduction / 2**window.level  # source pixels per pixel of the window's level, at least 1
+        top, left = self._origin[0] + window.top * step, self._origin[1] + window.left * step
         if step.is_integer() and top.is_integer() and left.is_integer():
             whole = int(step)
             box = (int(left), int(top), int(left) + width * whole, int(top) + height * whole)
-            return np.asarray(self._image.reduce(whole, box) if whole > 1 else self._image.crop(box))
-        first_row, rows = _averages(top, step, height, self._image.height)
-        first, columns = _averages(left, step, width, self._image.width)
-        area = (first, first_row, first + columns.shape[1], first_row + rows.shape[1])
-        source = np.asarray(self._image.crop(area), dtype=np.float32)
-        # Down first, along contiguous rows, then across what is left of it.
-        bands = (rows @ source.reshape(len(source), -1)).reshape(height, -1, 3)
-        pixels = columns @ np.ascontiguousarray(bands.transpose(1, 0, 2)).reshape(bands.shape[1], -1)
-        return np.rint(pixels.reshape(width, height, 3).transpose(1, 0, 2)).astype(np.uint8)
+            pixels = np.asarray(self._image.reduce(whole, box) if whole > 1 else self._image.crop(box))
+        else:
+            channels = len(self._image.getbands())
+            first_row, rows = _averages(top, step, height, self._image.height)
+            first, columns = _averages(left, step, width, self._image.width, channels)
+            source = self._array[first_row : first_row + rows.shape[1], channels * first :][:, : columns.shape[1]]
+            # Down first, along contiguous rows, then across what is left of it.
+            bands = rows @ source.astype(np.float32)
+            across = columns @ np.ascontiguousarray(bands.T)
+            pixels = np.rint(across.T).astype(np.uint8, order="C").reshape(height, width, channels)
+        return pixels if pixels.shape[2:] == (3,) else np.repeat(pixels.reshape(height, width, 1), 3, axis=2)
+
+    @functools.cached_property
+    def _array(self) -> np.ndarray:
+        """All pixels: uint8 [height, width * channels]."""
+        return np.asarray(self._image).reshape(self._image.height, -1)
 
 
 # Pictures of one size are framed alike, and whole data sets are of one size: most matrices are asked for again.
 @functools.lru_cache(maxsize=256)
-def _averages(start: float, step: float, count: int, limit: int) -> tuple[int, scipy.sparse.csr_array | np.ndarray]:
+def _averages(
+    start: float, step: float, count: int, limit: int, channels: int = 1
+) -> tuple[int, scipy.sparse.csr_array | np.ndarray]:
     """Averages over `count` intervals of length `step` from `start` on, of pixels that lie side by side.
 
     Pillow's box filter is no substitute: it takes or leaves whole pixels, so at a reduction of 1.3 it only drops some.
 
     Returns:
-        The first pixel under the intervals, and a matrix [count, pixels under them], float32: the fractions of each
-        interval that the pixels cover.
+        The first pixel under the intervals, and a matrix [count * channels, channels * pixels under them], float32:
+        the fractions of each interval that the pixels cover, channel by channel.
     """
     low = start + step * np.arange(count)
     high = np.minimum(low + step, limit)
@@ -220,17 +199,27 @@ def _averages(start: float, step: float, count: int, limit: int) -> tuple[int, s
     covered = np.minimum(taps + 1, high[:, None]) - np.maximum(taps, low[:, None])
     covered[taps >= last[:, None]] = 0
     covered /= covered.sum(axis=1, keepdims=True)
-    used = np.nonzero(covered)
-    offset = int(first[0])
+    used = np.repeat(covered > 0, channels, axis=0)
+    wanted = (channels * (taps - first[0]))[:, None, :] + np.arange(channels)[:, None]
+    # Put together by hand: where pictures differ in size, these are made for every one.
     matrix = scipy.sparse.csr_array(
-        (covered[used].astype(np.float32), (used[0], taps[used] - offset)), shape=(count, int(last[-1]) - offset)
+        (
+            np.repeat(covered.astype(np.float32), channels, axis=0)[used],
+            wanted.reshape(used.shape)[used].astype(np.int32),
+            np.concatenate([[0], used.sum(axis=1).cumsum()]).astype(np.int32),
+        ),
+        shape=(channels * count, channels * int(last[-1] - first[0])),
     )
     # What scipy looks at before it multiplies takes longer than to multiply by a few zeros.
-    return offset, matrix.toarray() if matrix.shape[1] <= _DENSE_PIXELS else matrix
+    return int(first[0]), matrix.toarray() if matrix.shape[1] <= _DENSE_PIXELS else matrix
 
 
-def open_bitmap(encoded: bytes) -> Image.Image:
+def open_bitmap(encoded: bytes, *, grey: bool = False) -> Image.Image:
     """Decodes a picture: upright (EXIF), RGB, transparent parts on white.
+
+    Args:
+        encoded: The file's content.
+        grey: Leave pictures of one channel of 8 bits (mode "L") as they are.
 
     Raises:
         UnusablePicture: It cannot be decoded.
@@ -248,7 +237,7 @@ def open_bitmap(encoded: bytes) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode == "RGB" or (grey and image.mode == "L") else image.convert("RGB")
 
 
 def _may_be_turned(image: Image.Image) -> bool:
@@ -271,6 +260,7 @@ def kept_area(height: float, width: float, bucket: tuple[int, int]) -> float:
 
 def choose_window(
     picture: FramedPicture,
+    overview: np.ndarray,
     rng: np.random.Generator,
     *,
     levels: tuple[int, ...],
@@ -284,13 +274,15 @@ def choose_window(
 
     Args:
         picture: The picture.
+        overview: Its level-0 picture. Windows are compared in it: to draw each of them would take three times as long
+            as all the rest, and it tells a face from a sky too.
         rng: Always advanced by as many draws, whatever comes out.
         levels, weights: Levels to draw from and their relative frequencies. Levels beyond the picture's resolution
             are left out.
         size: Side of the window in pixels, a multiple of `grid`; a picture that is smaller in one direction is shown
             whole in that direction.
         candidates: How many windows are drawn.
-        variance_fraction: How often the liveliest candidate is kept, instead of the first.
+        variance_fraction: How often the candidate with the largest variance of pixels is kept, instead of the first.
         grid: The window's offsets are multiples of so many pixels.
 
     Returns:
@@ -321,4 +313,13 @@ def choose_window(
     ]
     if not lively or len(set(windows)) == 1:
         return windows[0]
-    return max(windows, key=picture.variance)
+    return max(windows, key=lambda window: _variance(overview, window))
+
+
+def _variance(overview: np.ndarray, window: Window) -> float:
+    """How much happens in a window: the variance of the level-0 pixels that it touches, summed over channels."""
+    rows, columns = (
+        slice(first >> window.level, -(-(first + length) >> window.level))
+        for first, length in ((window.top, window.height), (window.left, window.width))
+    )
+    return float(overview[rows, columns].astype(np.float32).var(axis=(0, 1)).sum())

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from physformer_core.data.framing import UnusablePicture, kept_area, nearest_bucket, open_bitmap
-from physformer_core.data.preprocess import RAW_FORMAT, PreprocessConfig
+from physformer_core.data.preprocess import PreprocessConfig
 from physformer_core.data.scenes.render import render_svg
+from physformer_core.data.set_folder import RAW_FORMAT
 from physformer_core.data.workers import run_stream
 from physformer_core.errors import DataError
 from physformer_core.files import atomic_write

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from physformer_core.data.shard_set import SHARDS_FORMAT, Group, ShardSet
+from physformer_core.data.shard_set import Group, ShardSet
 from physformer_core.errors import ConfigError, DataError
 from physformer_core.flow.pyramid import Pyramid
 
-__all__ = ["SHARDS_FORMAT", "Batch", "BatchStream", "ShardSet"]
+__all__ = ["Batch", "BatchStream", "ShardSet"]
 
 # Streams of random numbers that must not meet, even under one seed.
 _PERMUTATION, _ORDER, _DRAWS = 1, 2, 3
@@ -179,7 +179,7 @@ class BatchStream:
         seed: int,
         batch_size: int,
         crop_fraction: float,
-        crop_size: int | None = 64,
+        crop_size: int | None = 48,
         split: str = "train",
         rank: int = 0,
         world_size: int = 1,
@@ -275,9 +275,12 @@ class BatchStream:
             raise ConfigError(f"crop_size must be an even number of at least 8, not {size}")
         smallest = min(min(group.size) for group in groups)
         if any(side != size and side < size + 2 * _CROP_MARGIN for group in groups for side in group.size):
+            sides = {side for group in groups for side in group.size} - {smallest}
+            whole = all(side >= smallest + 2 * _CROP_MARGIN for side in sides)
+            fits = smallest if whole else (smallest - 2 * _CROP_MARGIN) // 2 * 2
             raise ConfigError(
                 f"crop_size {size} does not fit into the stored crops, of which the smallest side is {smallest}",
-                hint=f"at most {(smallest - 2 * _CROP_MARGIN) // 2 * 2} fits; none takes crops as they are stored",
+                hint=f"`crop_size = {fits}` under [training] does",
             )
         return [list(groups)]
 

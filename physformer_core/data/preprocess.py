@@ -8,36 +8,36 @@ what is missing, and nothing if nothing is.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from physformer_core.data.captions import write_captions
 from physformer_core.data.latents import FieldSpec, field_of, loaded_codec
 from physformer_core.data.preprocess_config import PreprocessConfig
 from physformer_core.data.scan import Scan, scan_captions
-from physformer_core.data.shards import chunk_record, is_whole, write_shards
+from physformer_core.data.set_folder import (
+    PARTIAL,
+    RAW_FORMAT,
+    SHARDS_FORMAT,
+    is_whole,
+    read_json,
+    remove_half_written,
+    sole_writer,
+    write_json,
+)
+from physformer_core.data.shards import chunk_record, write_shards
 from physformer_core.data.workers import Progress
 from physformer_core.errors import ConfigError, DataError
-from physformer_core.files import atomic_write
 
-__all__ = ["RAW_FORMAT", "SHARDS_FORMAT", "PreprocessConfig", "preprocess"]
-
-RAW_FORMAT = "physformer-raw/1"
-SHARDS_FORMAT = "physformer-shards/1"
+__all__ = ["PreprocessConfig", "preprocess"]
 
 # Raise it whenever the same configuration would give other bytes: it is a part of every set's key.
-_CODE_VERSION = 2
-
-_PARTIAL = ".partial"
+_CODE_VERSION = 3
 
 
 def preprocess(
@@ -80,7 +80,7 @@ def preprocess(
     if device is not None and config.codec == "pixels":
         raise ConfigError("pixels are not encoded: a device would have nothing to do", hint="leave --device out")
     raw, output = Path(raw_dir), Path(output_dir)
-    partial = output / _PARTIAL
+    partial = output / PARTIAL
     source = _read_raw_manifest(raw)
     fingerprint = text_encoder_fingerprint(config.encoder)
     try:
@@ -89,10 +89,9 @@ def preprocess(
         done = _finished_manifest(output, key, overwrite=overwrite)
         if done is not None and not _missing_files(output, done):
             return {**done, "fresh": False}
-        with atomic_write(partial / "key.json") as temporary:
-            temporary.write_text(json.dumps({"format": SHARDS_FORMAT, "key": key}))
-        with _sole_writer(output):
-            _remove_half_written(output)
+        write_json(partial / "key.json", {"format": SHARDS_FORMAT, "key": key})
+        with sole_writer(output):
+            remove_half_written(output)
             if done is not None:
                 _reopen(output, done)
             names = [file["name"] for file in source["files"]]
@@ -111,8 +110,7 @@ def preprocess(
             manifest = _manifest(key, config, field, source, captions, chunks, scan)
             if not any(shard["kind"] == "base" for shard in manifest["shards"]):
                 raise DataError(f"no example of {raw} could be used: {manifest['refused']['examples']}")
-            with atomic_write(output / "manifest.json") as temporary:
-                temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+            write_json(output / "manifest.json", manifest, indent=1)
     finally:
         loaded_codec.cache_clear()
     shutil.rmtree(partial, ignore_errors=True)
@@ -134,23 +132,13 @@ def _key(config: PreprocessConfig, source_sha256: str, encoder_sha256: str, fiel
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} does not hold a JSON object")
-    return value
-
-
 def _read_raw_manifest(raw: Path) -> dict[str, Any]:
     path = raw / "manifest.json"
     if not path.is_file():
         raise DataError(
             f"{raw} is not a raw data set: it has no manifest.json", hint="write one: physformer data fetch"
         )
-    manifest = _read_json(path)
+    manifest = read_json(path)
     if manifest.get("format") != RAW_FORMAT:
         raise DataError(f"{path} has the format {manifest.get('format')!r}, not {RAW_FORMAT!r}")
     for file in manifest["files"]:
@@ -161,15 +149,15 @@ def _read_raw_manifest(raw: Path) -> dict[str, Any]:
 
 def _finished_manifest(output: Path, key: str, *, overwrite: bool) -> dict[str, Any] | None:
     """The manifest of a set with this key, if it was finished. A set with another key is refused or removed."""
-    manifest_path, partial_path = output / "manifest.json", output / _PARTIAL / "key.json"
-    found = _read_json(manifest_path) if manifest_path.is_file() else None
+    manifest_path, partial_path = output / "manifest.json", output / PARTIAL / "key.json"
+    found = read_json(manifest_path) if manifest_path.is_file() else None
     if found is not None and found.get("format") != SHARDS_FORMAT:
         raise DataError(
             f"{output} holds a set of the format {found.get('format')!r}", hint="choose another output folder"
         )
     if found is not None and found.get("key") == key:
         return found
-    started = _read_json(partial_path) if found is None and partial_path.is_file() else found
+    started = read_json(partial_path) if found is None and partial_path.is_file() else found
     if started is None or started.get("key") == key:
         return None
     if not overwrite:
@@ -181,7 +169,7 @@ def _finished_manifest(output: Path, key: str, *, overwrite: bool) -> dict[str, 
     for pattern in ("base-*.arrow", "crop-*.arrow", "captions.arrow"):
         for path in output.glob(pattern):
             path.unlink()
-    shutil.rmtree(output / _PARTIAL, ignore_errors=True)
+    shutil.rmtree(output / PARTIAL, ignore_errors=True)
     return None
 
 
@@ -190,34 +178,13 @@ def _missing_files(output: Path, manifest: dict[str, Any]) -> list[str]:
     return [entry["name"] for entry in entries if not is_whole(output, entry)]
 
 
-def _remove_half_written(output: Path) -> None:
-    """What a killed run left: files that were never renamed into place."""
-    for path in output.rglob(".*.tmp.*"):
-        path.unlink(missing_ok=True)
-
-
 def _reopen(output: Path, manifest: dict[str, Any]) -> None:
     """Turns a finished set that has lost files back into an unfinished one, so that the rest is kept."""
-    _write_record(output / _PARTIAL / "captions.json", manifest["captions"])
+    write_json(output / PARTIAL / "captions.json", manifest["captions"])
     for chunk in manifest["chunks"]:
         shards = [shard for shard in manifest["shards"] if shard["chunk"] == chunk["chunk"]]
-        _write_record(chunk_record(output / _PARTIAL, chunk["chunk"]), {**chunk, "shards": shards})
+        write_json(chunk_record(output / PARTIAL, chunk["chunk"]), {**chunk, "shards": shards})
     (output / "manifest.json").unlink()
-
-
-def _write_record(path: Path, record: dict[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(record))
-
-
-@contextlib.contextmanager
-def _sole_writer(output: Path) -> Iterator[None]:
-    lock = filelock.FileLock(output / _PARTIAL / "lock", timeout=0)
-    try:
-        with lock:
-            yield
-    except filelock.Timeout as error:
-        raise DataError(f"{output} is being written by another process", hint="wait until it is done") from error
 
 
 def _manifest(
@@ -257,20 +224,20 @@ def _captions(
     output: Path, scan: Scan, config: PreprocessConfig, fingerprint: str, workers: int, progress: Progress | None
 ) -> dict[str, Any]:
     """Writes captions.arrow if it is not whole yet and returns its entry in the manifest."""
-    record_path = output / _PARTIAL / "captions.json"
+    record_path = output / PARTIAL / "captions.json"
     if record_path.is_file():
-        record = _read_json(record_path)
+        record = read_json(record_path)
         if is_whole(output, record):
             return record
     record = write_captions(
         output / "captions.arrow",
         scan,
         config.encoder,
-        parts=output / _PARTIAL,
+        parts=output / PARTIAL,
         workers=workers,
         progress=progress,
     )
     record["max_tokens"] = config.max_tokens
     record["encoder"] = {"name": config.encoder, "sha256": fingerprint}
-    _write_record(record_path, record)
+    write_json(record_path, record)
     return record

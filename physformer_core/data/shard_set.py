@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ import pyarrow as pa
 import torch
 
 from physformer_core.data.latents import FieldSpec
+from physformer_core.data.set_folder import PARTIAL, SHARDS_FORMAT, is_whole, read_json
 from physformer_core.errors import DataError
 from physformer_core.files import sha256_file
-
-SHARDS_FORMAT = "physformer-shards/1"
 
 _TOKEN_MULTIPLE = 8  # keeps tensor shapes few (compilers) and aligned (kernels)
 
@@ -169,7 +167,7 @@ class ShardSet:
         entries = [*self.manifest["shards"], self.manifest["captions"]]
         for entry in entries:
             path = self.folder / entry["name"]
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            if not is_whole(self.folder, entry):
                 raise DataError(
                     f"{path} is {'cut short' if path.is_file() else 'missing'}",
                     hint="run the same preprocessing again: it makes only what is missing",
@@ -246,18 +244,15 @@ class ShardSet:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / "manifest.json"
         if not path.is_file():
-            partial = (self.folder / ".partial").is_dir()
+            partial = (self.folder / PARTIAL).is_dir()
             raise DataError(
                 f"{self.folder} {'is a set that was not finished' if partial else 'has no manifest.json'}",
                 hint="run the preprocessing again: what is finished is kept"
                 if partial
                 else "make a set first: physformer data preprocess",
             )
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != SHARDS_FORMAT:
+        manifest = read_json(path)
+        if manifest.get("format") != SHARDS_FORMAT:
             raise DataError(
                 f"{path} is not of the format {SHARDS_FORMAT}",
                 hint="if it is a raw set, preprocess it first: physformer data preprocess",

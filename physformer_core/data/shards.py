@@ -7,7 +7,6 @@ a loader keeps all of them open at once, so there must not be too many.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 from collections import Counter
@@ -24,6 +23,7 @@ from physformer_core.data.examples import Example, make_examples, split_of
 from physformer_core.data.latents import FieldSpec, encode_pictures
 from physformer_core.data.preprocess_config import PreprocessConfig
 from physformer_core.data.scan import Scan
+from physformer_core.data.set_folder import is_whole, read_json, write_json
 from physformer_core.data.workers import run_stream
 from physformer_core.errors import DataError
 from physformer_core.files import atomic_write, sha256_file
@@ -106,7 +106,7 @@ def write_shards(
     )
     run_stream(_write_part, jobs, workers, finished=finished, ticked=lambda count: progress(done + count, total))
     progress(total, total)
-    return [_read_record(chunk_record(partial, number)) for number in range(len(groups))]
+    return [read_json(chunk_record(partial, number)) for number in range(len(groups))]
 
 
 def group_files(counts: Sequence[int]) -> list[list[int]]:
@@ -121,12 +121,6 @@ def group_files(counts: Sequence[int]) -> list[list[int]]:
         groups[-1].append(index)
         filled += count
     return groups
-
-
-def is_whole(folder: Path, entry: dict[str, Any]) -> bool:
-    """Whether a file that a manifest or a record lists is there, with its size."""
-    path = folder / entry["name"]
-    return path.is_file() and path.stat().st_size == entry["bytes"]
 
 
 def chunk_record(partial: Path, number: int) -> Path:
@@ -148,17 +142,7 @@ def _is_done(partial: Path, file: int) -> bool:
 
 def _chunk_is_whole(output: Path, partial: Path, number: int) -> bool:
     path = chunk_record(partial, number)
-    return path.is_file() and all(is_whole(output, shard) for shard in _read_record(path)["shards"])
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return record
-
-
-def _write_record(path: Path, record: dict[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(record), "utf-8")
+    return path.is_file() and all(is_whole(output, shard) for shard in read_json(path)["shards"])
 
 
 # Parts
@@ -206,7 +190,7 @@ def _write_part(job: _Job, tick: Callable[[int], None]) -> int:
         "area": dict(sorted(area.items())),
         "parts": [writers[where].entry() for where in sorted(writers)],
     }
-    _write_record(_part_record(job.partial, job.number), record)
+    write_json(_part_record(job.partial, job.number), record)
     return job.number
 
 
@@ -300,7 +284,7 @@ class _PartWriter:
 
 def _join(output: Path, partial: Path, number: int, group: Sequence[int], field: FieldSpec) -> None:
     """Makes the parts of a group of raw files into shards, and removes them."""
-    records = {file: _read_record(_part_record(partial, file)) for file in group}
+    records = {file: read_json(_part_record(partial, file)) for file in group}
     sources: dict[tuple[str, int, int, str], list[Path]] = {}
     examples: Counter[str] = Counter()
     refused: Counter[str] = Counter()
@@ -322,7 +306,7 @@ def _join(output: Path, partial: Path, number: int, group: Sequence[int], field:
         "area": dict(sorted(area.items())),
         "shards": shards,
     }
-    _write_record(chunk_record(partial, number), record)
+    write_json(chunk_record(partial, number), record)
     for file in group:
         # The record first: without it the rest is no part.
         _part_record(partial, file).unlink()

@@ -1,7 +1,8 @@
 """How fast data is prepared and served, against what cannot be avoided, and how much memory that takes.
 
-Everything is measured in one run, on pictures that are made for it: rates of a busy machine mean little, their ratios
-more. The limit is what any preparation must do with a picture: decode it, and resize it to the size that is stored.
+Everything is measured in one run, on pictures that are made for it, scenes, or a folder's: rates of a busy machine mean
+little, their ratios more. The limit is what any preparation must do with a picture: decode it, and resize it to the
+size that is stored; of a drawing, rasterise it at that size.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,25 +24,31 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from physformer_core.data.framing import nearest_bucket
 from physformer_core.data.loader import BatchStream, ShardSet
 from physformer_core.data.preprocess import PreprocessConfig, preprocess
+from physformer_core.data.scenes import compose_scene, render_svg
 from physformer_core.data.shards import write_shards
 from physformer_core.data.sources import fetch
+from physformer_core.data.sources.base import PICTURE_SUFFIXES
 from physformer_core.errors import ConfigError, DataError
 
 _TAR_EXAMPLES = 1000
 _SMALL_SIDE = 32
 _STAGES = ("fetch", "scan", "pictures")
+_FEWEST = 128
+_BATCH, _BATCHES = 128, 32
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured on pictures of one size, in one process.
+    """What was measured on pictures of one kind, in one process.
 
     Attributes:
-        side: Side of the pictures in pixels.
+        pictures: Which ones.
         count: How many there were.
-        limit: Pictures decoded and resized a second: the mean of a measurement before, between and after the others.
+        limit: Pictures decoded and resized (scenes: rasterised) a second: the mean of a measurement before, between and
+            after the others.
         fetched: Pictures read, verified and written a second.
         preprocessed: Pictures cut into training examples a second, without the encoding of captions.
         fetched_share, preprocessed_share: The same over the limit, in processor time: what else runs on the machine
@@ -50,7 +58,7 @@ class Rates:
             any; its prefetching thread is off.
     """
 
-    side: int
+    pictures: str
     count: int
     limit: float
     fetched: float
@@ -89,34 +97,140 @@ def photograph(number: int, side: int) -> bytes:
     return stream.getvalue()
 
 
-def measure_rates(side: int, count: int, *, progress: Callable[[int, int], None] | None = None) -> Rates:
-    """Measures all stages on `count` pictures of `side` pixels, in this process alone.
+class Subject(ABC):
+    """Pictures that rates are measured on.
+
+    Attributes:
+        name: Which ones, for people.
+        count: How many.
+    """
+
+    name: str
+    count: int
+
+    @abstractmethod
+    def lay_out(self, folder: Path, count: int) -> None:
+        """Puts the first so many where `fetch` finds them."""
+
+    @abstractmethod
+    def fetch(self, folder: Path, raw: Path, count: int) -> None:
+        """Makes a raw set of the first so many."""
+
+    @abstractmethod
+    def limit(self) -> None:
+        """Does with each what cannot be avoided."""
+
+
+class Bitmaps(Subject):
+    """Encoded pictures with a caption each.
 
     Raises:
-        ConfigError: The pictures are too small for a bucket, or too few.
+        ConfigError: There are too few.
     """
-    if side < 64 or count < 128:
-        raise ConfigError(f"{count} pictures of {side} pixels are no measure", hint="at least 128 of 64 pixels")
-    done = 0
 
-    def tell(more: int) -> None:
+    def __init__(self, name: str, encoded: Sequence[tuple[str, bytes]]) -> None:
+        """
+        Args:
+            name: Which ones.
+            encoded: (ending of a file's name, content) of each.
+        """
+        if len(encoded) < _FEWEST:
+            raise ConfigError(f"{len(encoded)} pictures are no measure", hint=f"at least {_FEWEST}")
+        self.name, self.count = name, len(encoded)
+        self._encoded = encoded
+        sizes = (Image.open(io.BytesIO(picture)).size for _, picture in encoded)
+        self._buckets = [nearest_bucket(height, width, PreprocessConfig.buckets) for width, height in sizes]
+
+    def lay_out(self, folder: Path, count: int) -> None:
+        folder.mkdir(parents=True)
+        for number, (suffix, picture) in enumerate(self._encoded[:count]):
+            (folder / f"{number:06d}{suffix}").write_bytes(picture)
+            (folder / f"{number:06d}.txt").write_text(f"picture number {number % 64}")
+
+    def fetch(self, folder: Path, raw: Path, count: int) -> None:
+        fetch("folder", raw, location=str(folder))
+
+    def limit(self) -> None:
+        for (_, picture), (height, width) in zip(self._encoded, self._buckets, strict=True):
+            Image.open(io.BytesIO(picture)).convert("RGB").resize((width, height), Image.Resampling.BOX)
+
+
+class Scenes(Subject):
+    """Scenes as `data fetch scenes` composes them."""
+
+    name = "scenes"
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        scenes = (compose_scene(0, number) for number in range(count))
+        self._drawn = [
+            (scene.svg, nearest_bucket(scene.height, scene.width, PreprocessConfig.buckets)) for scene in scenes
+        ]
+
+    def lay_out(self, folder: Path, count: int) -> None:
+        pass  # they are composed
+
+    def fetch(self, folder: Path, raw: Path, count: int) -> None:
+        fetch("scenes", raw, options={"count": count})
+
+    def limit(self) -> None:
+        for svg, (height, width) in self._drawn:
+            render_svg(svg, width, height)
+
+
+def photographs(side: int, count: int) -> Bitmaps:
+    """So many pictures of `photograph`.
+
+    Raises:
+        ConfigError: They are too small to be trained on, or too few.
+    """
+    if side < _SMALL_SIDE:
+        raise ConfigError(f"pictures of {side} pixels are too small", hint=f"at least {_SMALL_SIDE} pixels")
+    return Bitmaps(f"pictures of {side} pixels", [(".jpg", photograph(number, side)) for number in range(count)])
+
+
+def pictures_of(folder: str | Path, count: int) -> Bitmaps:
+    """The first so many picture files of a folder and those in it, in the order of their names.
+
+    Raises:
+        ConfigError: There are too few.
+        DataError: One cannot be read.
+    """
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix[1:].lower() in PICTURE_SUFFIXES)
+    try:
+        return Bitmaps(f"pictures of {folder}", [(path.suffix, path.read_bytes()) for path in paths[:count]])
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def measure_rates(subject: Subject, *, progress: Callable[[int, int], None] | None = None) -> Rates:
+    """Measures all stages on pictures, in this process alone."""
+    count, done = subject.count, 0
+
+    def tell() -> None:
         nonlocal done
-        done += more
+        done += 1
         if progress is not None:
-            progress(done, 6 * count)
+            progress(done * count, 6 * count)
+
+    def limit() -> np.ndarray:
+        started = _clock()
+        subject.limit()
+        passed = _clock() - started
+        tell()
+        return passed
 
     with tempfile.TemporaryDirectory(prefix="physformer-bench-") as name:
         folder = Path(name)
-        encoded = [photograph(number, side) for number in range(count)]
-        _write_folder(encoded, folder / "pictures")
-        _prepare(encoded[:16], folder / "warm")  # imports, and tables of the decoder
-        tell(count)
-        limits = [_limit(encoded, tell)]
+        _prepare(subject, folder / "warm")  # imports, and tables of the decoder
+        subject.lay_out(folder / "pictures", count)
+        tell()
+        limits = [limit()]
         fetched = _clock()
-        fetch("folder", folder / "raw", location=str(folder / "pictures"))
+        subject.fetch(folder / "pictures", folder / "raw", count)
         fetched_time = _clock() - fetched
-        tell(count)
-        limits.append(_limit(encoded, tell))
+        tell()
+        limits.append(limit())
         stages: dict[str, list[np.ndarray]] = {}
         manifest = preprocess(
             folder / "raw",
@@ -126,55 +240,43 @@ def measure_rates(side: int, count: int, *, progress: Callable[[int, int], None]
         )
         pictures_time = stages["pictures"][-1] - stages["pictures"][0]
         captions_time = stages["captions"][-1] - stages["captions"][0]
-        tell(count)
-        limits.append(_limit(encoded, tell))
-        shards = ShardSet(folder / "set")
-        crops = 0.25 if shards.count("crop") else 0.0
-        stream = BatchStream(shards, seed=0, batch_size=128, crop_fraction=crops, prefetch=0)
-        stream.batch(0), stream.batch(3)
-        started, batches = time.perf_counter(), 32
-        for step in range(batches):
-            stream.batch(step)
-        served = time.perf_counter() - started
-    limit = np.mean(limits, axis=0)
+        tell()
+        limits.append(limit())
+        served = _served(ShardSet(folder / "set"))
+    mean = np.mean(limits, axis=0)
     return Rates(
-        side=side,
+        pictures=subject.name,
         count=count,
-        limit=count / limit[0],
+        limit=count / mean[0],
         fetched=count / fetched_time[0],
         preprocessed=count / pictures_time[0],
-        fetched_share=limit[1] / fetched_time[1],
-        preprocessed_share=limit[1] / pictures_time[1],
+        fetched_share=mean[1] / fetched_time[1],
+        preprocessed_share=mean[1] / pictures_time[1],
         captions=manifest["captions"]["count"] / captions_time[0],
-        examples=128 * batches / served,
+        examples=served,
     )
 
 
-def _write_folder(encoded: Sequence[bytes], folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for number, picture in enumerate(encoded):
-        (folder / f"{number:06d}.jpg").write_bytes(picture)
-        (folder / f"{number:06d}.txt").write_text(f"picture number {number % 64}")
+def _prepare(subject: Subject, folder: Path) -> None:
+    subject.lay_out(folder / "pictures", 16)
+    subject.fetch(folder / "pictures", folder / "raw", 16)
+    preprocess(folder / "raw", folder / "set", config=PreprocessConfig(validation_fraction=0))
 
 
-def _prepare(encoded: Sequence[bytes], folder: Path) -> None:
-    _write_folder(encoded, folder / "pictures")
-    fetch("folder", folder / "raw", location=str(folder / "pictures"))
-    preprocess(folder / "raw", folder / "set", config=PreprocessConfig())
+def _served(shards: ShardSet) -> float:
+    """Examples that the loader makes a second."""
+    crops = 0.25 if shards.count("crop") else 0.0
+    stream = BatchStream(shards, seed=0, batch_size=_BATCH, crop_fraction=crops, prefetch=0)
+    stream.batch(0), stream.batch(3)
+    started = time.perf_counter()
+    for step in range(_BATCHES):
+        stream.batch(step)
+    return _BATCH * _BATCHES / (time.perf_counter() - started)
 
 
 def _clock() -> np.ndarray:
     """(time of day, processor time of this process), in seconds."""
     return np.array([time.perf_counter(), time.process_time()])
-
-
-def _limit(encoded: Sequence[bytes], tell: Callable[[int], None]) -> np.ndarray:
-    started = _clock()
-    for picture in encoded:
-        Image.open(io.BytesIO(picture)).convert("RGB").resize((64, 64), Image.Resampling.BOX)
-    passed = _clock() - started
-    tell(len(encoded))
-    return passed
 
 
 # Memory

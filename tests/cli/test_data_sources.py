@@ -46,7 +46,7 @@ def test_fetch_inspect_preprocess(physformer, photos, tmp_path):
     assert code == 0 and out == "agrees: 3 of 3 outputs have the same bytes\n"
 
     code, out, err = physformer("data", "inspect", "raw", "--workers", 1)
-    assert code == 0 and "examples" in out and "bucket 72x56" in out, err
+    assert code == 0 and "examples" in out and "bucket 40x32" in out, err
     assert Image.open(tmp_path / "raw-inspection" / "sheet.png").width == 8 * 170 + 10
     assert "not a picture" in (tmp_path / "raw-inspection" / "index.html").read_text()
     code, out, _ = physformer("data", "inspect", "raw", "--workers", 1, "-o", "report", "--json")

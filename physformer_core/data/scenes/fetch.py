@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from physformer_core.data.scenes.composer import compose_scene
+from physformer_core.data.set_folder import RAW_FORMAT, read_json, remove_half_written, write_json
 from physformer_core.errors import DataError
 from physformer_core.files import atomic_write, output_error, sha256_file
-
-RAW_FORMAT = "physformer-raw/1"
 
 SCENES_VERSION = 2
 """Raised whenever the same seed gives other pictures or captions, so that stale sets are told apart."""
@@ -69,11 +68,8 @@ def _read_manifest(path: Path, source: dict[str, object]) -> dict[str, Any] | No
     """The manifest of a finished set of this very source, or None if there is no set yet."""
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}", hint="delete it and fetch again") from error
-    if not isinstance(manifest, dict) or manifest.get("source") != source:
+    manifest = read_json(path, hint="delete it and fetch again")
+    if manifest.get("source") != source:
         raise DataError(f"{path.parent} already holds another set", hint="choose an empty folder, or delete this one")
     return manifest
 
@@ -139,12 +135,12 @@ def fetch_scenes(
             waiting.append(job)
     if known is not None and not waiting:
         return known
+    remove_half_written(folder)
 
     def note(path: str, rows: int) -> None:
         nonlocal done
         job = next(job for job in waiting if job[0] == path)
-        with atomic_write(_sidecar(Path(path))) as temporary:
-            temporary.write_text(json.dumps({"job": [SCENES_VERSION, *job[1:]], "sha256": sha256_file(path)}), "utf-8")
+        write_json(_sidecar(Path(path)), {"job": [SCENES_VERSION, *job[1:]], "sha256": sha256_file(path)})
         done += rows
         if progress is not None:
             progress(done, count)
@@ -172,8 +168,7 @@ def fetch_scenes(
         "files": files,
         "sha256": hashlib.sha256("".join(sorted(str(entry["sha256"]) for entry in files)).encode()).hexdigest(),
     }
-    with atomic_write(manifest_path) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    write_json(manifest_path, manifest, indent=2)
     for job in jobs:
         _sidecar(Path(job[0])).unlink(missing_ok=True)
     return manifest

@@ -17,22 +17,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from physformer_core.data.scenes.fetch import RAW_FORMAT
+from physformer_core.data.set_folder import (
+    PARTIAL,
+    RAW_FORMAT,
+    is_whole,
+    read_json,
+    remove_half_written,
+    sole_writer,
+    write_json,
+)
 from physformer_core.data.sources.base import Candidate, Part, Reader
 from physformer_core.data.sources.verification import Refused, verify_captions, verify_picture
 from physformer_core.data.workers import run_stream
 from physformer_core.errors import DataError
-from physformer_core.files import atomic_write, output_error, sha256_file
+from physformer_core.files import atomic_write, sha256_file
 
 # Raise it whenever the same source would give other bytes.
 FETCH_VERSION = 1
 
 QUARANTINE = "quarantine.jsonl"
-_PARTIAL = ".partial"
+_HINT = "delete it and fetch again"
 _GROUP_BYTES = 16 << 20  # a reader holds a row group in memory
 _GROUP_ROWS = 256
 
@@ -86,7 +93,7 @@ def write_raw_set(
     known = _finished(output, source)
     if known is not None and not _lost_parts(output, known):
         return known
-    with _sole_writer(output):
+    with _claimed(output):
         _begin(output, source)
         if known is not None:
             _reopen(output, known)
@@ -126,8 +133,7 @@ def _write_parts(
             )
 
     def finished(record: dict[str, Any]) -> None:
-        with atomic_write(_record_path(output, record["part"])) as temporary:
-            temporary.write_text(json.dumps(record), "utf-8")
+        write_json(_record_path(output, record["part"]), record)
         records[record["part"]] = record
 
     def ticked(count: int) -> None:
@@ -247,21 +253,11 @@ class _ExamplesWriter:
 
 
 def _record_path(output: Path, number: int) -> Path:
-    return output / _PARTIAL / f"part-{number:05d}.json"
+    return output / PARTIAL / f"part-{number:05d}.json"
 
 
 def _quarantine_path(output: Path, number: int) -> Path:
-    return output / _PARTIAL / f"quarantine-{number:05d}.jsonl"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}", hint="delete it and fetch again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} does not hold a JSON object", hint="delete it and fetch again")
-    return value
+    return output / PARTIAL / f"quarantine-{number:05d}.jsonl"
 
 
 def _check_source(output: Path, found: Any, source: dict[str, Any]) -> None:
@@ -282,7 +278,7 @@ def _finished(output: Path, source: dict[str, Any]) -> dict[str, Any] | None:
     path = output / "manifest.json"
     if not path.exists():
         return None
-    manifest = _read_json(path)
+    manifest = read_json(path, hint=_HINT)
     _check_source(output, manifest.get("source"), source)
     return manifest
 
@@ -298,25 +294,19 @@ def _lost_parts(output: Path, manifest: dict[str, Any]) -> list[int]:
 
 
 def _is_whole(output: Path, entry: dict[str, Any] | None) -> bool:
-    # By size: a file is renamed into place when it is synced, and `preprocess` reads every byte's hash.
-    if entry is None:
-        return True
-    path = output / entry["name"]
-    return path.is_file() and path.stat().st_size == entry["bytes"]
+    return entry is None or is_whole(output, entry)  # a part may have no example
 
 
 def _begin(output: Path, source: dict[str, Any]) -> None:
     """Claims the folder for this source, and removes what a killed run left half-written."""
-    path = output / _PARTIAL / "source.json"
+    path = output / PARTIAL / "source.json"
     if path.exists():
-        _check_source(output, _read_json(path).get("source"), source)
+        _check_source(output, read_json(path, hint=_HINT).get("source"), source)
     elif (output / "manifest.json").exists() or not any(output.glob("examples-*.parquet")):
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps({"source": source}), "utf-8")
+        write_json(path, {"source": source})
     else:
         raise DataError(f"{output} already holds another set", hint="choose an empty folder, or delete this one")
-    for half_written in [*output.glob(".*.tmp.*"), *(output / _PARTIAL).glob(".*.tmp.*")]:
-        half_written.unlink(missing_ok=True)
+    remove_half_written(output)
 
 
 def _reopen(output: Path, manifest: dict[str, Any]) -> None:
@@ -331,15 +321,14 @@ def _reopen(output: Path, manifest: dict[str, Any]) -> None:
         if part["part"] not in lost:
             with atomic_write(_quarantine_path(output, part["part"])) as temporary:
                 temporary.write_text("".join(lines[start:stop]), "utf-8")
-            with atomic_write(_record_path(output, part["part"])) as temporary:
-                temporary.write_text(json.dumps(part), "utf-8")
+            write_json(_record_path(output, part["part"]), part)
         start = stop
     (output / "manifest.json").unlink()
 
 
 def _records(output: Path) -> dict[int, dict[str, Any]]:
     """The records of the parts that are whole, by number."""
-    found = (_read_json(path) for path in (output / _PARTIAL).glob("part-*.json"))
+    found = (read_json(path, hint=_HINT) for path in (output / PARTIAL).glob("part-*.json"))
     return {
         record["part"]: record
         for record in found
@@ -348,20 +337,13 @@ def _records(output: Path) -> dict[int, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _sole_writer(output: Path) -> Iterator[None]:
-    lock_path = output / _PARTIAL / "lock"
+def _claimed(output: Path) -> Iterator[None]:
     try:
-        lock_path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(output / "manifest.json", error) from error
-    try:
-        with filelock.FileLock(lock_path, timeout=0):
+        with sole_writer(output):
             yield
-    except filelock.Timeout as error:
-        raise DataError(f"{output} is being written by another process", hint="wait until it is done") from error
     except BaseException:
-        if not (output / _PARTIAL / "source.json").exists():  # refused before anything was begun
-            shutil.rmtree(output / _PARTIAL, ignore_errors=True)
+        if not (output / PARTIAL / "source.json").exists():  # refused before anything was begun
+            shutil.rmtree(output / PARTIAL, ignore_errors=True)
         raise
 
 
@@ -408,7 +390,6 @@ def _finish(reader: Reader, output: Path, source: dict[str, Any], records: list[
         "sha256": hashlib.sha256("".join(sorted(entry["sha256"] for entry in files)).encode()).hexdigest(),
         "parts": records,
     }
-    with atomic_write(output / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-    shutil.rmtree(output / _PARTIAL, ignore_errors=True)
+    write_json(output / "manifest.json", manifest, indent=1)
+    shutil.rmtree(output / PARTIAL, ignore_errors=True)
     return manifest

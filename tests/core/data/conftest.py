@@ -84,6 +84,7 @@ def write_raw(folder: Path, files: list[list[dict[str, Any]]]) -> Path:
 
 
 ASPECTS = ((640, 480), (480, 640), (500, 500), (900, 400))
+BUCKETS = ((64, 64), (56, 72), (72, 56), (48, 80), (80, 48), (40, 96), (96, 40))
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +99,7 @@ def raw_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def config() -> PreprocessConfig:
-    return PreprocessConfig(validation_fraction=0.2, crops_per_example=1.5, seed=3)
+    return PreprocessConfig(buckets=BUCKETS, validation_fraction=0.2, crops_per_example=1.5, seed=3)
 
 
 @pytest.fixture

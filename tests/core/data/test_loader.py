@@ -23,7 +23,7 @@ from physformer_core.errors import ConfigError, DataError
 from physformer_core.flow.pyramid import Pyramid
 from physformer_core.text import load_text_encoder
 
-OPTIONS: dict[str, Any] = {"seed": 5, "batch_size": 4, "crop_fraction": 0.5}
+OPTIONS: dict[str, Any] = {"seed": 5, "batch_size": 4, "crop_fraction": 0.5, "crop_size": 64}
 
 
 @pytest.fixture(scope="module")

@@ -139,19 +139,18 @@ def test_killed_with_9_and_run_again(
     assert not [path for path in output.rglob("*") if ".tmp" in path.name]
 
 
-def test_the_area_cut_off_is_told(
-    tmp_path: Path, raw_writer: Write, make_drawing: Make, shard_folder: Path, raw_set: Path
-) -> None:
-    # 72x56 shows all of the first, and 9/10 of the width of the second.
-    rows = [make_drawing(0, 720, 560), make_drawing(1, 800, 560), make_drawing(2, 64, 64)]
-    manifest = preprocess(raw_writer(tmp_path / "raw", [rows]), tmp_path / "set", config=PreprocessConfig())
-    assert manifest["buckets"]["72x56"] == {"examples": 2, "cut_area": pytest.approx((0 + 0.1) / 2)}
-    assert manifest["buckets"]["64x64"] == {"examples": 1, "cut_area": 0}
-    assert manifest["cut_area"] == pytest.approx(0.1 / 3)
+def test_the_area_cut_off_is_told(tmp_path: Path, raw_writer: Write, make_drawing: Make, shard_folder: Path) -> None:
+    # 40x32 shows all of the first, and 10/11 of the width of the second.
+    rows = [make_drawing(0, 800, 640), make_drawing(1, 880, 640), make_drawing(2, 64, 64)]
+    raw = raw_writer(tmp_path / "raw", [rows])
+    manifest = preprocess(raw, tmp_path / "set", config=PreprocessConfig())
+    assert manifest["buckets"]["40x32"] == {"examples": 2, "cut_area": pytest.approx((0 + 1 / 11) / 2)}
+    assert manifest["buckets"]["32x32"] == {"examples": 1, "cut_area": 0}
+    assert manifest["cut_area"] == pytest.approx(1 / 33)
     stored = json.loads((shard_folder / "manifest.json").read_text())
     assert sum(bucket["examples"] for bucket in stored["buckets"].values()) == 60
     # The inspection of the raw set foretells it.
-    assert inspect_raw_set(raw_set).cut_area == pytest.approx(stored["cut_area"])
+    assert inspect_raw_set(raw).cut_area == pytest.approx(manifest["cut_area"])
 
 
 def test_a_set_of_another_configuration_is_refused_then_replaced(
@@ -255,17 +254,15 @@ def test_bitmaps_are_upright_and_on_white() -> None:
 
 def test_lively_windows_are_preferred(make_drawing: Make) -> None:
     picture = framing.FramedDrawing(make_drawing(2, 500, 500)["svg"], (500, 500), (64, 64))
+    overview = picture.whole()
 
     def mean_variance(fraction: float) -> float:
         rng = np.random.default_rng(0)
-        windows = [
-            framing.choose_window(
-                picture, rng, levels=(3,), weights=(1.0,), size=96, candidates=3, variance_fraction=fraction
-            )
-            for _ in range(40)
-        ]
-        return float(np.mean([picture.variance(window) for window in windows if window is not None]))
+        options = {"levels": (3,), "weights": (1.0,), "size": 96, "candidates": 3, "variance_fraction": fraction}
+        windows = [framing.choose_window(picture, overview, rng, **options) for _ in range(40)]
+        return float(np.mean([picture.pixels(window).var(axis=(0, 1)).sum() for window in windows if window]))
 
+    # They are compared in the small picture, and differ as much at their own resolution.
     assert mean_variance(1.0) > 1.3 * mean_variance(0.0)
 
 
@@ -275,7 +272,7 @@ def test_what_cannot_be_used_is_counted(
     good, long_only, some_long = make_drawing(0), make_drawing(1), make_drawing(2)
     long_only["captions"] = ["word " * 60]
     some_long["captions"] = ["many " * 60, "  a  short one ", "a short one"]
-    damaged, tiny, thin = make_bitmap(1), make_bitmap(2, 50, 50), make_drawing(3, 900, 100)
+    damaged, tiny, thin = make_bitmap(1), make_bitmap(2, 30, 30), make_drawing(3, 900, 100)
     damaged["image"] = damaged["image"][:200]
     broken = make_row("broken", svg="<svg viewBox='x'>", captions=["a thing"])
     nothing = make_row("nothing", captions=["a thing"])

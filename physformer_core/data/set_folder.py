@@ -1,0 +1,83 @@
+"""The folder of a set while it is made: its formats, its records, a lock, and what a killed run leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from physformer_core.errors import DataError
+from physformer_core.files import atomic_write, output_error
+
+RAW_FORMAT = "physformer-raw/1"
+"""Pictures as they are, with captions: what `data fetch` writes."""
+
+SHARDS_FORMAT = "physformer-shards/1"
+"""Training examples: what `data preprocess` writes."""
+
+PARTIAL = ".partial"
+"""Folder in a set's folder for what only an unfinished set needs."""
+
+
+def read_json(path: Path, *, hint: str | None = None) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Args:
+        path: The file.
+        hint: What to do if it cannot be read.
+
+    Raises:
+        DataError: It cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}", hint=hint) from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} does not hold a JSON object", hint=hint)
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Writes a JSON object, whole or not at all; indented, if it is for people."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent) + "\n", "utf-8")
+
+
+def is_whole(folder: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a file that a manifest or a record lists is there, with its size.
+
+    By its size alone: a file is renamed into place when it is synced, and every later stage reads its hash.
+    """
+    path = folder / entry["name"]
+    return path.is_file() and path.stat().st_size == entry["bytes"]
+
+
+def remove_half_written(folder: Path) -> None:
+    """Removes what a killed run left: files that were never renamed into place."""
+    for path in folder.rglob(".*.tmp.*"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing the same set meanwhile.
+
+    Raises:
+        DataError: One is writing it.
+        OutputError: The folder cannot be written.
+    """
+    path = folder / PARTIAL / "lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder / "manifest.json", error) from error
+    try:
+        with filelock.FileLock(path, timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise DataError(f"{folder} is being written by another process", hint="wait until it is done") from error
