@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 def run_reversibly(
     blocks: Sequence[PhysFormerBlock],
-    tokens: Tensor,
+    streams: tuple[Tensor, ...],
     temb: Tensor,
     texts: Sequence[TextKeyValue],
     plans: Sequence[AttentionPlan],
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """Runs blocks one after the other, keeping nothing but the result for the backward pass.
 
     The gradient is that of keeping everything but for the rounding of the recomputed states, which under autocast is
@@ -37,17 +37,17 @@ def run_reversibly(
 
     Args:
         blocks: Of one form, with two streams and ``always_invertible``.
-        tokens: [B, N, 2 * dim] float32, both streams.
+        streams: q and p, each [B, N, dim] in float32.
         temb: [B, dim].
         texts: Keys and values of the prompt for each block.
         plans: The attention plan of each block.
 
     Returns:
-        [B, N, 2 * dim].
+        q and p after the last block.
     """
     inputs = [tensor for text in texts for tensor in (text.key, text.value)]
     weights = [weight for block in blocks for weight in block.parameters()]
-    return _Reversible.apply(blocks, plans, tokens, temb, *inputs, *weights)
+    return _Reversible.apply(blocks, plans, *streams, temb, *inputs, *weights)
 
 
 class _Reversible(torch.autograd.Function):
@@ -56,27 +56,26 @@ class _Reversible(torch.autograd.Function):
         ctx: Any,
         blocks: Sequence[PhysFormerBlock],
         plans: Sequence[AttentionPlan],
-        tokens: Tensor,
+        q: Tensor,
+        p: Tensor,
         temb: Tensor,
         *inputs: Tensor,
-    ) -> Tensor:
-        device = tokens.device.type
+    ) -> tuple[Tensor, Tensor]:
+        device = q.device.type
         ctx.blocks, ctx.plans, ctx.autocast = blocks, plans, None
         if torch.amp.is_autocast_available(device):
             enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
             ctx.autocast = {"device_type": device, "dtype": dtype, "enabled": enabled}
         for index, block in enumerate(blocks):
             text = TextKeyValue(inputs[2 * index], inputs[2 * index + 1])
-            tokens = block(tokens, temb, text, plans[index])
-        ctx.save_for_backward(tokens, temb, *inputs[: 2 * len(blocks)])
-        return tokens
+            q, p = block((q, p), temb, text, plans[index])
+        ctx.save_for_backward(q, p, temb, *inputs[: 2 * len(blocks)])
+        return q, p
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, temb, *inputs = ctx.saved_tensors
-        q, p = tokens.chunk(2, dim=-1)
-        grad_q, grad_p = grad.chunk(2, dim=-1)
+    def backward(ctx: Any, grad_q: Tensor, grad_p: Tensor) -> tuple[Tensor | None, ...]:
+        q, p, temb, *inputs = ctx.saved_tensors
         of_temb: Tensor | None = None
         of_inputs: list[Tensor | None] = []
         of_weights: list[Tensor | None] = []
@@ -95,7 +94,7 @@ class _Reversible(torch.autograd.Function):
             of_temb = _sum(of_temb, own_temb)
             of_inputs = own_inputs + of_inputs
             of_weights = [next(own_weights) if w.requires_grad else None for w in block.parameters()] + of_weights
-        return None, None, torch.cat([grad_q, grad_p], dim=-1), of_temb, *of_inputs, *of_weights
+        return None, None, grad_q, grad_p, of_temb, *of_inputs, *of_weights
 
 
 def _half_step_back(

@@ -149,15 +149,15 @@ class PhysFormerBlock(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        streams: tuple[Tensor, ...],
         temb: Tensor,
         text: TextKeyValue | None,
         plan: AttentionPlan,
-    ) -> Tensor:
-        """Tokens [B, N, streams * dim] (float32, in row order) -> the same shape."""
+    ) -> tuple[Tensor, ...]:
+        """One stream of tokens or two, as the form has: each [B, N, dim] in float32, in row order -> as many."""
         modulation = self.modulate(temb)
         # With two streams q and p, each sublayer reads one and changes the other; with one, they are the same.
-        q, p = hidden_states.chunk(2, dim=-1) if self.form.streams == 2 else (hidden_states, hidden_states)
+        q, p = streams[0], streams[-1]
         q = self.update(q, self.attend(p, modulation, text, plan))
         changed = p if self.form.streams == 2 else q
         if torch.is_grad_enabled() or q.shape[1] <= FEED_FORWARD_CHUNK:
@@ -165,7 +165,7 @@ class PhysFormerBlock(nn.Module):
         else:
             chunks = zip(changed.split(FEED_FORWARD_CHUNK, dim=1), q.split(FEED_FORWARD_CHUNK, dim=1), strict=True)
             p = torch.cat([self.update(chunk, self.feed(read, modulation)) for chunk, read in chunks], dim=1)
-        return torch.cat([q, p], dim=-1) if self.form.streams == 2 else p
+        return (q, p) if self.form.streams == 2 else (p,)
 
 
 class PhysFormerPatchEmbed(nn.Module):
@@ -447,22 +447,20 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         temb = self.condition_embed(timestep, level, encoded_prompt.pooled, class_labels)
         # The residual stream stays float32 whatever the weights are: norms are conserved to its precision.
         tokens = self.patch_embed(hidden_states.to(dtype), coarse_hidden_states.to(dtype), place).float().flatten(1, 2)
-        if self.form.streams == 2:
-            tokens = torch.cat([tokens, tokens], dim=-1)
+        streams = (tokens,) * self.form.streams
         plans = self.plan(height // patch, width // patch, token_origin, tokens)
         of_blocks = [plans[index % 2] for index in range(len(self.blocks))]
         blocks = cast(list[PhysFormerBlock], list(self.blocks))
         save_memory = torch.is_grad_enabled() and self.gradient_checkpointing
         if save_memory and self.form.always_invertible:
-            tokens = run_reversibly(blocks, tokens, temb, encoded_prompt.key_values, of_blocks)
+            streams = run_reversibly(blocks, streams, temb, encoded_prompt.key_values, of_blocks)
         else:
             for block, text, plan in zip(blocks, encoded_prompt.key_values, of_blocks, strict=True):
                 if save_memory:
-                    tokens = self._gradient_checkpointing_func(block, tokens, temb, text, plan)
+                    streams = self._gradient_checkpointing_func(block, streams, temb, text, plan)
                 else:
-                    tokens = block(tokens, temb, text, plan)
-        if self.form.streams == 2:
-            tokens = torch.stack(tokens.chunk(2, dim=-1)).mean(0)
+                    streams = block(streams, temb, text, plan)
+        tokens = (streams[0] + streams[1]) / 2 if len(streams) == 2 else streams[0]
         tokens = tokens.unflatten(1, (height // patch, width // patch))
         sample = self.final_layer(tokens, temb)
         return PhysFormerTransformer2DOutput(sample=sample) if return_dict else (sample,)

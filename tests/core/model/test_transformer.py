@@ -40,10 +40,14 @@ def run(
 
 
 def token_norms(model: PhysFormerTransformer2DModel, z: Tensor, prompt: EncodedPrompt) -> list[Tensor]:
-    """Norms [B, N] of the tokens before the first block and after each."""
+    """Norms [streams, B, N] of the tokens before the first block and after each."""
     norms: list[Tensor] = []
-    hooks = [model.blocks[0].register_forward_pre_hook(lambda _, given: norms.append(given[0].norm(dim=-1)))]
-    hooks += [b.register_forward_hook(lambda _, given, out: norms.append(out.norm(dim=-1))) for b in model.blocks]
+
+    def note(streams: tuple[Tensor, ...]) -> None:
+        norms.append(torch.stack(streams).norm(dim=-1))
+
+    hooks = [model.blocks[0].register_forward_pre_hook(lambda _, given: note(given[0]))]
+    hooks += [block.register_forward_hook(lambda _, given, out: note(out)) for block in model.blocks]
     run(model, z, prompt)
     for hook in hooks:
         hook.remove()
@@ -86,7 +90,7 @@ def test_blocks_are_the_identity_when_freshly_initialised(residual: str, prompt_
     for block in model.blocks:
         block.register_forward_hook(lambda _, given, out: seen.extend([given[0], out]))
     output = run(model, field(7, 5), prompt_of(model))
-    assert all(torch.equal(seen[0], other) for other in seen[1:])
+    assert all(torch.equal(now, first) for streams in seen[1:] for now, first in zip(streams, seen[0], strict=True))
     assert torch.equal(output, torch.zeros_like(output))
 
 
