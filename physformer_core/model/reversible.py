@@ -115,7 +115,8 @@ def _half_step_back(
     read = read.detach().requires_grad_()
     with torch.enable_grad():
         output = sublayer(read, block.modulate(leaves[0]))
-        before = block.form.inverse(changed, output.detach()).requires_grad_()
+        # Detached, for the last block's result is this function's own: its graph would lead back here without end.
+        before = block.form.inverse(changed.detach(), output.detach()).requires_grad_()
         after = block.update(before, output)
     wanted = [before, read, *leaves]
     grad_before, grad_read, *rest = torch.autograd.grad(after, wanted, grad_changed, allow_unused=True)

@@ -5,6 +5,7 @@ Reads downward: feed-forward, text stream, block, embeddings, final layer, model
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import cast
@@ -261,6 +262,12 @@ class EncodedPrompt:
         return EncodedPrompt(pairs, self.pooled[index])
 
 
+def _run_block(
+    block: PhysFormerBlock, text: TextKeyValue, plan: AttentionPlan, temb: Tensor, *streams: Tensor
+) -> tuple[Tensor, ...]:
+    return block(streams, temb, text, plan)
+
+
 class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):  # type: ignore[misc]
     """A flow-matching transformer over a field of patches, local in space, conserving each token's norm.
 
@@ -457,7 +464,9 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         else:
             for block, text, plan in zip(blocks, encoded_prompt.key_values, of_blocks, strict=True):
                 if save_memory:
-                    streams = self._gradient_checkpointing_func(block, streams, temb, text, plan)
+                    # Tensors one by one: of those inside a tuple, hooks that offload what autograd saves hear nothing.
+                    run = functools.partial(_run_block, block, text, plan)
+                    streams = self._gradient_checkpointing_func(run, temb, *streams)
                 else:
                     streams = block(streams, temb, text, plan)
         tokens = (streams[0] + streams[1]) / 2 if len(streams) == 2 else streams[0]
