@@ -455,8 +455,13 @@ def bench(
     for rate in rates:
         lines = [
             ("decoded and resized alone", f"{rate.limit:.0f} pictures/s", "1"),
+            ("the same, crops too", f"{rate.limit_with_crops:.0f} pictures/s", "1"),
             ("fetched", f"{rate.fetched:.0f} pictures/s", f"{rate.fetched_share:.2f}"),
-            ("preprocessed", f"{rate.preprocessed:.0f} pictures/s", f"{rate.preprocessed_share:.2f}"),
+            (
+                "preprocessed",
+                f"{rate.preprocessed:.0f} pictures/s",
+                f"{rate.preprocessed_share:.2f} (without crops in the limit: {rate.level0_share:.2f})",
+            ),
             ("captions encoded", f"{rate.captions:.0f} captions/s", ""),
             ("served by the loader", f"{rate.examples:.0f} examples/s", f"{rate.examples / need:.0f} times the need"),
         ]

@@ -24,7 +24,7 @@ from physformer_core.data.latents import FieldSpec, encode_pictures
 from physformer_core.data.preprocess_config import PreprocessConfig
 from physformer_core.data.scan import Scan
 from physformer_core.data.set_folder import is_whole, read_json, write_json
-from physformer_core.data.workers import run_stream
+from physformer_core.data.workers import one_thread, run_stream
 from physformer_core.errors import DataError
 from physformer_core.files import atomic_write, sha256_file
 
@@ -158,6 +158,7 @@ def _write_part(job: _Job, tick: Callable[[int], None]) -> int:
     area: dict[str, list[float]] = {}
     rows, starts = job.scan.caption_rows(job.number)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(one_thread())
         writers: dict[tuple[str, int, int, str], _PartWriter] = {}
         for position, raw in enumerate(_raw_rows(path)):
             captions = rows[starts[position] : starts[position + 1]]

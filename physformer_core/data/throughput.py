@@ -1,8 +1,9 @@
 """How fast data is prepared and served, against what cannot be avoided, and how much memory that takes.
 
 Everything is measured in one run, on pictures that are made for it, scenes, or a folder's: rates of a busy machine mean
-little, their ratios more. The limit is what any preparation must do with a picture: decode it, and resize it to the
-size that is stored; of a drawing, rasterise it at that size.
+little, their ratios more. The limit is what any preparation must do with a picture: decode it, and resize it to what is
+stored of it; a drawing is rasterised instead. To fetch stores no pixels: there the limit is one small picture. To
+preprocess stores a small picture and a window or more of a large one, so these are resized (rasterised) too.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +49,15 @@ class Rates:
     Attributes:
         pictures: Which ones.
         count: How many there were.
-        limit: Pictures decoded and resized (scenes: rasterised) a second: the mean of a measurement before, between and
-            after the others.
+        limit: Pictures decoded and resized to level 0 (scenes: rasterised there) a second: the mean of a measurement
+            before, between and after the others.
+        limit_with_crops: The same with every crop that the set stores resized (rasterised) too, each straight from the
+            picture by Pillow's box filter: the mean of two measurements after the others.
         fetched: Pictures read, verified and written a second.
         preprocessed: Pictures cut into training examples a second, without the encoding of captions.
-        fetched_share, preprocessed_share: The same over the limit, in processor time: what else runs on the machine
-            has no part in it.
+        fetched_share: The same over `limit`, in processor time: what else runs on the machine has no part in it.
+        preprocessed_share: The same over `limit_with_crops`, in processor time.
+        level0_share: `preprocessed` over `limit`, in processor time: crops are then counted as overhead.
         captions: Captions encoded a second.
         examples: Examples that the loader serves a second, in batches of 128, a quarter of them crops if there are
             any; its prefetching thread is off.
@@ -61,10 +66,12 @@ class Rates:
     pictures: str
     count: int
     limit: float
+    limit_with_crops: float
     fetched: float
     preprocessed: float
     fetched_share: float
     preprocessed_share: float
+    level0_share: float
     captions: float
     examples: float
 
@@ -97,8 +104,21 @@ def photograph(number: int, side: int) -> bytes:
     return stream.getvalue()
 
 
+@dataclass(frozen=True)
+class StoredCrop:
+    """A crop that preprocessing stored: of so many pixels, at a level, of a part of the picture's frame."""
+
+    size: tuple[int, int]
+    level: int
+    place: tuple[float, float, float, float]
+
+
+Crops = Mapping[int, Sequence[StoredCrop]]
+"""Stored crops by the number of the picture."""
+
+
 class Subject(ABC):
-    """Pictures that rates are measured on.
+    """Pictures that rates are measured on. The last digits of an example's key are the picture's number.
 
     Attributes:
         name: Which ones, for people.
@@ -117,8 +137,8 @@ class Subject(ABC):
         """Makes a raw set of the first so many."""
 
     @abstractmethod
-    def limit(self) -> None:
-        """Does with each what cannot be avoided."""
+    def limit(self, crops: Crops) -> None:
+        """Does with each what cannot be avoided, to store a small picture and these crops."""
 
 
 class Bitmaps(Subject):
@@ -150,9 +170,17 @@ class Bitmaps(Subject):
     def fetch(self, folder: Path, raw: Path, count: int) -> None:
         fetch("folder", raw, location=str(folder))
 
-    def limit(self) -> None:
-        for (_, picture), (height, width) in zip(self._encoded, self._buckets, strict=True):
-            Image.open(io.BytesIO(picture)).convert("RGB").resize((width, height), Image.Resampling.BOX)
+    def limit(self, crops: Crops) -> None:
+        for number, ((_, picture), (height, width)) in enumerate(zip(self._encoded, self._buckets, strict=True)):
+            image = Image.open(io.BytesIO(picture)).convert("RGB")
+            image.resize((width, height), Image.Resampling.BOX)
+            reduction = min(image.height / height, image.width / width)
+            down, across = height * reduction, width * reduction
+            top, left = (image.height - down) / 2, (image.width - across) / 2
+            for crop in crops.get(number, ()):
+                y0, x0, y1, x1 = crop.place
+                box = (left + x0 * across, top + y0 * down, left + x1 * across, top + y1 * down)
+                image.resize(crop.size[::-1], Image.Resampling.BOX, box)
 
 
 class Scenes(Subject):
@@ -173,9 +201,13 @@ class Scenes(Subject):
     def fetch(self, folder: Path, raw: Path, count: int) -> None:
         fetch("scenes", raw, options={"count": count})
 
-    def limit(self) -> None:
-        for svg, (height, width) in self._drawn:
+    def limit(self, crops: Crops) -> None:
+        for number, (svg, (height, width)) in enumerate(self._drawn):
             render_svg(svg, width, height)
+            for crop in crops.get(number, ()):
+                full_height, full_width = height << crop.level, width << crop.level
+                top, left = round(crop.place[0] * full_height), round(crop.place[1] * full_width)
+                render_svg(svg, *crop.size[::-1], full_width=full_width, full_height=full_height, top=top, left=left)
 
 
 def photographs(side: int, count: int) -> Bitmaps:
@@ -211,11 +243,11 @@ def measure_rates(subject: Subject, *, progress: Callable[[int, int], None] | No
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done * count, 6 * count)
+            progress(done * count, 8 * count)
 
-    def limit() -> np.ndarray:
+    def limit(crops: Crops) -> np.ndarray:
         started = _clock()
-        subject.limit()
+        subject.limit(crops)
         passed = _clock() - started
         tell()
         return passed
@@ -225,12 +257,12 @@ def measure_rates(subject: Subject, *, progress: Callable[[int, int], None] | No
         _prepare(subject, folder / "warm")  # imports, and tables of the decoder
         subject.lay_out(folder / "pictures", count)
         tell()
-        limits = [limit()]
+        limits = [limit({})]
         fetched = _clock()
         subject.fetch(folder / "pictures", folder / "raw", count)
         fetched_time = _clock() - fetched
         tell()
-        limits.append(limit())
+        limits.append(limit({}))
         stages: dict[str, list[np.ndarray]] = {}
         manifest = preprocess(
             folder / "raw",
@@ -241,20 +273,40 @@ def measure_rates(subject: Subject, *, progress: Callable[[int, int], None] | No
         pictures_time = stages["pictures"][-1] - stages["pictures"][0]
         captions_time = stages["captions"][-1] - stages["captions"][0]
         tell()
-        limits.append(limit())
-        served = _served(ShardSet(folder / "set"))
+        limits.append(limit({}))
+        shards = ShardSet(folder / "set")
+        crops = stored_crops(shards)
+        full = np.mean([limit(crops), limit(crops)], axis=0)
+        served = _served(shards)
     mean = np.mean(limits, axis=0)
     return Rates(
         pictures=subject.name,
         count=count,
         limit=count / mean[0],
+        limit_with_crops=count / full[0],
         fetched=count / fetched_time[0],
         preprocessed=count / pictures_time[0],
         fetched_share=mean[1] / fetched_time[1],
-        preprocessed_share=mean[1] / pictures_time[1],
+        preprocessed_share=full[1] / pictures_time[1],
+        level0_share=mean[1] / pictures_time[1],
         captions=manifest["captions"]["count"] / captions_time[0],
         examples=served,
     )
+
+
+def stored_crops(shards: ShardSet) -> dict[int, list[StoredCrop]]:
+    """The training crops of a set, by the number that their example's key ends in."""
+    found: dict[int, list[StoredCrop]] = {}
+    index = 0
+    for group in shards.groups("crop", "train"):
+        for row in range(group.count):
+            digits = re.search(r"(\d+)(?:\.\w+)?$", shards.example_key("crop", index))
+            assert digits is not None
+            y0, x0, y1, x1 = group.place[row].tolist()
+            crop = StoredCrop(group.size, int(group.level[row]), (y0, x0, y1, x1))
+            found.setdefault(int(digits[1]), []).append(crop)
+            index += 1
+    return found
 
 
 def _prepare(subject: Subject, folder: Path) -> None:

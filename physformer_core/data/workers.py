@@ -23,13 +23,19 @@ class Progress(Protocol):
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for torch: the order of sums, hence the last bit of a result, depends on how many there are."""
+    """One thread for torch and for numpy's BLAS.
+
+    The order of sums, hence the last bit of a result, depends on how many there are. And a second thread brings nothing
+    to matrices as small as a picture's: it waits, and took three times the processor time of the work.
+    """
+    import threadpoolctl
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with threadpoolctl.threadpool_limits(1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(threads)
 

@@ -32,15 +32,15 @@ SHORT_SIDE = 1000.0
 """Shorter side of a scene in nominal units."""
 
 ASPECTS: dict[str, float] = {
-    "1:1": 0.45,
-    "16:9": 0.25,
-    "4:3": 0.08,
-    "3:4": 0.07,
-    "9:16": 0.07,
-    "21:9": 0.04,
-    "9:21": 0.04,
+    "1:1": 0.38,
+    "16:9": 0.38,
+    "4:3": 0.07,
+    "3:4": 0.05,
+    "9:16": 0.06,
+    "21:9": 0.03,
+    "9:21": 0.03,
 }
-"""Width : height, and how often it is drawn."""
+"""Width : height, and how often it is drawn: most are the shapes that the names of resolutions stand for and squares."""
 
 KINDS: dict[str, float] = {"single": 0.42, "setting": 0.22, "pair": 0.22, "place": 0.07, "prompt": 0.07}
 """What a scene shows: one thing on a plain colour, one thing in a place, two things, a place alone,
@@ -235,13 +235,13 @@ class _Stage:
 
 
 def _aside(stage: _Stage) -> float:
-    """Offset of what is shown from the middle: none, or in wide pictures sometimes the line of thirds.
+    """Offset of what is shown from the middle: none, or in wide pictures now and then the line of thirds.
 
     Framings are few, not a continuum: every concept is then seen often in each of them, and a small model learns
     shapes rather than averages over places and sizes (docs/training-log.md).
     """
     spare = stage.width - stage.short
-    return stage.random.choices([0.0, -spare / 3, spare / 3], [3, 1, 1])[0] if spare > 0 else 0.0
+    return stage.random.choices([0.0, -spare / 3, spare / 3], [8, 1, 1])[0] if spare > 0 else 0.0
 
 
 def _single(stage: _Stage, concept: Concept, colour: str | None = None) -> None:

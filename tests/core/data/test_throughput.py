@@ -5,10 +5,23 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from physformer_core.data.throughput import Scenes, measure_memory, measure_rates, photograph, photographs, pictures_of
+from physformer_core.data.examples import make_examples
+from physformer_core.data.loader import ShardSet
+from physformer_core.data.preprocess import PreprocessConfig, preprocess
+from physformer_core.data.throughput import (
+    Scenes,
+    measure_memory,
+    measure_rates,
+    photograph,
+    photographs,
+    pictures_of,
+    stored_crops,
+)
 from physformer_core.errors import ConfigError
 
 
@@ -17,8 +30,8 @@ def test_rates_are_of_all_stages() -> None:
     rates = measure_rates(photographs(128, 130), progress=lambda done, total: told.append((done, total)))
     assert (rates.pictures, rates.count) == ("pictures of 128 pixels", 130)
     assert all(getattr(rates, name) > 0 for name in ("limit", "fetched", "preprocessed", "captions", "examples"))
-    assert 0 < rates.fetched_share < 100 and 0 < rates.preprocessed_share < 100
-    assert told[-1] == (780, 780) and told == sorted(told)
+    assert 0 < rates.fetched_share < 100 and 0 < rates.level0_share < rates.preprocessed_share < 100
+    assert told[-1] == (1040, 1040) and told == sorted(told)
 
 
 def test_what_is_measured(tmp_path: Path) -> None:
@@ -40,6 +53,25 @@ def test_memory_is_of_each_stage() -> None:
     (measured,) = measure_memory([40])
     assert measured.count == 40 and set(measured.peak) == {"fetch", "scan", "pictures"}
     assert all(peak > 20 << 20 for peak in measured.peak.values())
+
+
+def test_the_limit_has_the_crops_that_were_stored(tmp_path: Path) -> None:
+    """Of every picture what preprocessing stored of it, where and at the level that it did."""
+    pictures = photographs(128, 130)
+    pictures.lay_out(tmp_path / "pictures", 130)
+    pictures.fetch(tmp_path / "pictures", tmp_path / "raw", 130)
+    config = PreprocessConfig(validation_fraction=0, crops_per_example=1.5, crop_size=48)
+    preprocess(tmp_path / "raw", tmp_path / "set", config=config)
+    crops = stored_crops(ShardSet(tmp_path / "set"))
+    assert set(crops) == set(range(130)) and {len(found) for found in crops.values()} == {1, 2}
+    for number in (0, 77):
+        rows = pq.read_table(next((tmp_path / "raw").glob("*.parquet"))).to_pylist()
+        row = next(row for row in rows if f"{number:06d}" in row["key"])
+        made = [example for example in make_examples(row, config).examples if example.kind == "crop"]
+        told = sorted((crop.size, crop.level, crop.place) for crop in crops[number])
+        expected = sorted((e.pixels.shape[:2], e.columns["level"], e.columns["place"]) for e in made)
+        assert [one[:2] for one in told] == [one[:2] for one in expected]
+        assert np.allclose([one[2] for one in told], [one[2] for one in expected])
 
 
 def test_photographs_differ() -> None:
