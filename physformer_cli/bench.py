@@ -250,6 +250,9 @@ def train(
         typer.Option(help="A set from `physformer data preprocess`.", show_default="a small one, composed for it"),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.", show_default="preset")] = None,
+    crop_size: Annotated[
+        int | None, typer.Option(min=16, help="Side of crops in elements of the field.", show_default="preset")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 24,
     warmup: Annotated[int, typer.Option(min=1, help="Steps of each before: compiling, filling caches.")] = 12,
     dtype: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.", show_default="preset")] = None,
@@ -270,9 +273,11 @@ def train(
 
       physformer bench train
 
+      physformer bench train --crop-size 256 --batch-size 16
+
       physformer bench train --data-dir data/nano --steps 40 --json
     """
-    options = {"batch_size": batch_size, "dtype": dtype, "compile": compile}
+    options = {"batch_size": batch_size, "crop_size": crop_size, "dtype": dtype, "compile": compile}
     config = {"preset": preset, "data_dir": data_dir, "steps": steps, "warmup": warmup, "device": device, **options}
     with bench_show.session(
         "bench train", config, plot=None, baseline=baseline, limit=max_regression, no_record=no_record

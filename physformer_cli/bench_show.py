@@ -193,8 +193,10 @@ def _show_training(report: Mapping[str, Any]) -> None:
     console.print_table(("trainer", "parameters", "step", "of which", "images/s"), rows)
     ours = report["ours"]
     tokens = [f"{names[kind]} {seen['picture']:.0f} + {seen['prompt']:.0f}" for kind, seen in report["tokens"].items()]
+    ratios = ", ".join(f"{names[kind]} {ratio:.2f}x" for kind, ratio in report["ratio_by_kind"].items())
     typer.echo(
-        f"{report['ratio']:.2f}x the images/s; waiting for data {100 * ours['wait_share']:.2f} % of the step; "
+        f"{report['ratio']:.2f}x the images/s ({ratios}); "
+        f"waiting for data {100 * ours['wait_share']:.2f} % of the step; "
         f"{100 * ours['matrix_share']:.0f} % of the matrix peak ({report['dtype']}); batch {report['batch']}, "
         f"{report['steps']} steps of each by turns, the peer with {report['peer_layers']} blocks; tokens of a picture "
         f"and its prompt: {', '.join(tokens)}"

@@ -8,16 +8,13 @@ own only through code in the folder, and then insists on being told to trust it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
 from physformer_core.checkpoints import Checkpoint, load_pipeline
 from physformer_core.errors import OutputError
-from physformer_core.files import output_error
+from physformer_core.files import atomic_folder
 
 MODULE = "pipeline_physformer"
 MODULE_SOURCE = '''"""Lets plain diffusers find the pipeline: it is the one of the installed physformer package."""
@@ -49,28 +46,14 @@ def export_checkpoint(
     if output_dir.exists():
         raise OutputError(f"{output_dir} exists already", hint="name a new folder, or delete that one first")
     pipeline = load_pipeline(checkpoint, device="cpu", dtype=dtype)
-    try:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-        try:
-            temporary.chmod(0o755)
-            pipeline.save_pretrained(temporary)
-            index_path = temporary / "model_index.json"
-            index = json.loads(index_path.read_text(encoding="utf-8"))
-            if for_diffusers:
-                index["_class_name"] = [MODULE, "PhysFormerPipeline"]
-                (temporary / f"{MODULE}.py").write_text(MODULE_SOURCE, encoding="utf-8")
-            # Where it was loaded from is the exporter's business, and would make equal exports differ.
-            index.pop("_name_or_path", None)
-            index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            for path in [p for p in temporary.rglob("*") if p.is_file()]:
-                path.chmod(0o644)  # safetensors writes for the owner alone, and this is to be shared
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            temporary.rename(output_dir)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise output_error(output_dir, error) from error
+    with atomic_folder(output_dir) as folder:
+        pipeline.save_pretrained(folder)
+        index_path = folder / "model_index.json"
+        index = json.loads(index_path.read_text(encoding="utf-8"))
+        if for_diffusers:
+            index["_class_name"] = [MODULE, "PhysFormerPipeline"]
+            (folder / f"{MODULE}.py").write_text(MODULE_SOURCE, encoding="utf-8")
+        # Where it was loaded from is the exporter's business, and would make equal exports differ.
+        index.pop("_name_or_path", None)
+        index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return output_dir / "transformer" / "diffusion_pytorch_model.safetensors"

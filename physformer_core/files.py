@@ -7,7 +7,9 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +75,54 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         _drop_claim(final)
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder beside `path`; on success it becomes `path`, on any exception it is removed.
+
+    All files in it are synced before the rename, and the parent folder after it, as by `atomic_write`. Its name begins
+    with a dot and the name of `path`, by which what a killed process leaves can be told and swept away.
+
+    Args:
+        path: A folder that does not exist, or no longer does when the caller is done.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        OutputError: It cannot be written, or the disk is full, also where a library tells of that in words alone
+            ("... (os error 28)", as safetensors does).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+        temporary.mkdir()
+    except OSError as error:
+        raise output_error(path, error) from error
+    try:
+        yield temporary
+        for file in [inner for inner in temporary.rglob("*") if inner.is_file()]:
+            # safetensors writes for the owner alone; who may read the folder may read what is in it.
+            file.chmod(temporary.stat().st_mode & 0o666)
+            _sync(file)
+        temporary.rename(path)
+        _sync_folder(path.parent)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        told = error if isinstance(error, OSError) else _system_error(error)
+        if told is None:
+            raise
+        raise output_error(path, told) from error
+    except BaseException:  # Ctrl-C
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _system_error(error: Exception) -> OSError | None:
+    """The system's error that another one's words end in."""
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
 def next_free_name(path: str | Path, *, claim: bool = True) -> Path:

@@ -76,15 +76,24 @@ def compose_data(folder: Path, config: RunConfig) -> Path:
     """A small preprocessed set of scenes below ``folder``, for when there is no other.
 
     Whole pictures are squares of the area that the configuration begins at: one size, so that there are few shapes to
-    compile. In larger sets with several buckets each is as many tokens, but is compiled on its own.
+    compile. In larger sets with several buckets each is as many tokens, but is compiled on its own. Crops are of levels
+    that are as large as the configuration's.
     """
     from physformer_core.data.preprocess import preprocess
     from physformer_core.data.preprocess_config import PreprocessConfig
     from physformer_core.data.scenes import fetch_scenes
 
     side = 8 * max(1, round(math.sqrt(config.flow.base_area) / 8))
+    crop = config.training.crop_size
+    levels = tuple(level for level in range(1, 9) if side << level >= crop)[:5]
     fetch_scenes(folder / "raw", count=SCENES, seed=0)
-    preprocess(folder / "raw", folder / "set", config=PreprocessConfig(buckets=((side, side),)))
+    made = PreprocessConfig(
+        buckets=((side, side),),
+        levels=levels,
+        level_weights=PreprocessConfig.level_weights[: len(levels)],
+        crop_size=max(crop, PreprocessConfig.crop_size),
+    )
+    preprocess(folder / "raw", folder / "set", config=made)
     return folder / "set"
 
 
@@ -156,8 +165,8 @@ def measure_training(
         on_step: Called with the number of steps done, after each of ours.
 
     Returns:
-        The report of ``bench train``. ``ratio`` is images a second of ours over the peer's; ``tokens`` says of each
-        kind of batch how many of the picture and of the prompt both saw.
+        The report of ``bench train``. ``ratio`` is images a second of ours over the peer's, ``ratio_by_kind`` the same
+        for each kind of batch; ``tokens`` says of each how many of the picture and of the prompt both saw.
 
     Raises:
         ConfigError: Fewer than one step is to be timed.
@@ -276,6 +285,9 @@ class _Turns:
                 "images_per_second": batch / theirs,
             },
             "ratio": theirs / ours,
+            "ratio_by_kind": {
+                kind: self._theirs.by_kind[kind] / seconds for kind, seconds in self._ours.by_kind.items()
+            },
         }
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from physformer_core.checkpoints import Checkpoint, load_pipeline
 from physformer_core.errors import ConfigError, OutputError
-from physformer_core.files import output_error as cannot_write
+from physformer_core.files import atomic_folder
 from physformer_core.pipeline import PhysFormerPipeline
 from physformer_core.quantization.calibration import (
     ActivationSample,
@@ -274,29 +272,15 @@ def write_quantized(checkpoint: Checkpoint, quantized: Quantized, output_dir: Pa
         OutputError: The folder exists or cannot be written.
     """
     check_output(output_dir)
-    try:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-        try:
-            temporary.chmod(0o755)
-            inner = temporary / "transformer"
-            inner.mkdir()
-            shutil.copyfile(checkpoint.folder / "model_index.json", temporary / "model_index.json")
-            shutil.copyfile(checkpoint.folder / "transformer" / "config.json", inner / "config.json")
-            description = json.dumps(describe(checkpoint, quantized), indent=1) + "\n"
-            (inner / DESCRIPTION_NAME).write_text(description, encoding="utf-8")
-            # One key only: safetensors writes several in any order, and equal commands shall make equal bytes.
-            save_file(quantized.tensors, inner / WEIGHTS_NAME, metadata={"format": "pt"})
-            for path in [p for p in temporary.rglob("*") if p.is_file()]:
-                path.chmod(0o644)
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            temporary.rename(output_dir)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise cannot_write(output_dir, error) from error
+    with atomic_folder(output_dir) as folder:
+        inner = folder / "transformer"
+        inner.mkdir()
+        shutil.copyfile(checkpoint.folder / "model_index.json", folder / "model_index.json")
+        shutil.copyfile(checkpoint.folder / "transformer" / "config.json", inner / "config.json")
+        description = json.dumps(describe(checkpoint, quantized), indent=1) + "\n"
+        (inner / DESCRIPTION_NAME).write_text(description, encoding="utf-8")
+        # One key only: safetensors writes several in any order, and equal commands shall make equal bytes.
+        save_file(quantized.tensors, inner / WEIGHTS_NAME, metadata={"format": "pt"})
     return output_dir / "transformer" / WEIGHTS_NAME
 
 

@@ -12,7 +12,6 @@ A run that trains an adapter alone has `adapter/` in the place of `model_index.j
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from physformer_core.errors import CheckpointError
-from physformer_core.files import output_error
+from physformer_core.files import atomic_folder, output_error
 from physformer_core.lora import ADAPTER_FILE, ADAPTER_FOLDER, PREFIX, adapter_bytes
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.pipeline import PhysFormerPipeline
@@ -105,31 +104,17 @@ def save_checkpoint(
         OutputError: If the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
     target = folder / f"step-{step:08d}"
-    temporary = folder / f".step-{step:08d}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
-        temporary.mkdir()
+    except OSError as error:
+        raise output_error(target, error) from error
+    with atomic_folder(target) as temporary:
         write_average(temporary)
         save_file(tensors, temporary / "state.safetensors")
         content = json.dumps({"format": FORMAT, "step": step, **metadata}, indent=2)
         (temporary / "state.json").write_text(content, encoding="utf-8")
-        for path in [p for p in temporary.rglob("*") if p.is_file()]:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
         if target.exists():
             _remove(target)
-        temporary.rename(target)
-        _sync_folder(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        fault = error if isinstance(error, OSError) else _system_error(error)
-        if fault is None:
-            raise
-        raise output_error(target, fault) from error
-    except BaseException:  # Ctrl-C for the second time
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     kept = list_checkpoints(folder)
     for path in kept[:-keep_last]:
         if not keep_every or step_of(path) % keep_every:
@@ -209,20 +194,6 @@ def _sweep(folder: Path) -> None:
     """Deletes what a killed process left half-written or half-deleted."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _system_error(error: SafetensorError) -> OSError | None:
-    """The operating system's error that safetensors tells of in words only: "... (os error 28)"."""
-    match = re.search(r"os error (\d+)", str(error))
-    return OSError(int(match.group(1)), os.strerror(int(match.group(1)))) if match else None
 
 
 def weights_file(checkpoint: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from physformer_core.errors import DataError, OutputError, PhysFormerError
-from physformer_core.files import atomic_write, next_free_name, sha256_file
+from physformer_core.files import atomic_folder, atomic_write, next_free_name, sha256_file
 
 
 def names(folder: Path) -> list[str]:
@@ -86,6 +86,50 @@ def test_the_target_is_a_folder_or_below_a_file(tmp_path):
         pass
     with pytest.raises(OutputError, match="part of its path"):
         next_free_name(tmp_path / "file" / "x")
+
+
+# --- folders ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_appears_whole(tmp_path):
+    with atomic_folder(tmp_path / "new" / "a") as folder:
+        (folder / "inside").mkdir()
+        (folder / "inside" / "x").write_text("1")
+        os.chmod(folder / "inside" / "x", 0o600)
+        assert not (tmp_path / "new" / "a").exists() and folder.name.startswith(".a.")
+    assert names(tmp_path / "new") == ["a"]
+    written = tmp_path / "new" / "a" / "inside" / "x"
+    shared = written.parent.parent.stat().st_mode & 0o666
+    assert written.read_text() == "1" and written.stat().st_mode & 0o666 == shared
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (ValueError("x"), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError),
+        (RuntimeError("Error while serializing: No space left on device (os error 28)"), OutputError),
+    ],
+)
+def test_a_folder_that_fails_leaves_nothing(tmp_path, fault, told):
+    with pytest.raises(told) as caught, atomic_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("half")
+        raise fault
+    assert names(tmp_path) == []
+    if told is OutputError:
+        assert "no space left" in str(caught.value)
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_written_over(tmp_path):
+    with pytest.raises(OutputError), atomic_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("mine")
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "x").write_text("theirs")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a" / "x").read_text() == "theirs"
+
+
+# --- names ------------------------------------------------------------------------------------------------------
 
 
 def test_free_names_count_up_and_are_claimed(tmp_path):

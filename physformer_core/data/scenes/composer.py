@@ -40,7 +40,7 @@ ASPECTS: dict[str, float] = {
     "21:9": 0.03,
     "9:21": 0.03,
 }
-"""Width : height, and how often it is drawn: most are the shapes that the names of resolutions stand for and squares."""
+"""Width : height, and how often it is drawn: mostly squares, and the shape that names of resolutions stand for."""
 
 KINDS: dict[str, float] = {"single": 0.42, "setting": 0.22, "pair": 0.22, "place": 0.07, "prompt": 0.07}
 """What a scene shows: one thing on a plain colour, one thing in a place, two things, a place alone,

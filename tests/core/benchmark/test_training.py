@@ -47,15 +47,17 @@ def test_both_do_their_steps(scene_set: Path) -> None:
     assert ours["images_per_second"] == pytest.approx(4 / ours["seconds"])
     assert 0 <= ours["wait_share"] < 1 and ours["matrix_share"] > 0 and ours["flops"] > 0
     assert ours["seconds"] == pytest.approx((2 * ours["seconds_by_kind"]["base"] + ours["seconds_by_kind"]["crop"]) / 3)
+    kinds = {kind: peer["seconds_by_kind"][kind] / ours["seconds_by_kind"][kind] for kind in ("base", "crop")}
+    assert report["ratio_by_kind"] == pytest.approx(kinds)
     areas = [group.size[0] * group.size[1] // 64 for group in ShardSet(scene_set).groups("base", "train")]
     assert min(areas) <= report["tokens"]["base"]["picture"] <= max(areas)
     assert report["tokens"]["crop"]["picture"] == (config.training.crop_size // 8) ** 2
     assert report["dtype"] == "fp32" and not report["compiled"] and report["what"] == "train"
 
 
-@pytest.mark.parametrize(("area", "side"), [(4096, 64), (1024, 32)])
-def test_composed_data_begin_where_the_preset_does(tmp_path: Path, area: int, side: int) -> None:
-    config = load_preset("debug").override("flow", base_area=area)
+@pytest.mark.parametrize(("area", "side", "crop"), [(4096, 64, 48), (1024, 32, 256)])
+def test_composed_data_begin_where_the_preset_does(tmp_path: Path, area: int, side: int, crop: int) -> None:
+    config = load_preset("debug").override("flow", base_area=area).override("training", crop_size=crop)
     shards = ShardSet(compose_data(tmp_path, config))
     assert [group.size for group in shards.groups("base", "train")] == [(side, side)]
     smallest = min(min(group.size) for group in shards.groups("crop", "train"))
