@@ -46,6 +46,8 @@ PROMPTS_EPILOG = """Examples:
 
     physformer eval prompts --checkpoint runs/nano --num 64 --relations 0 --contact-sheet sheet.png
 
+    physformer eval prompts --concepts everyday --num 72 --relations 0
+
     physformer eval prompts --size 1280x720 --json --min-top1 0.8
 """
 RECONSTRUCT_EPILOG = """Examples:
@@ -236,6 +238,9 @@ def prompts(
     checkpoint: CheckpointOption = None,
     num: Annotated[int, typer.Option(min=0, help="Prompts of single subjects, half of them in a place.")] = 200,
     relations: Annotated[int, typer.Option(min=0, help="Prompts of two things in a relation.")] = 100,
+    concepts: Annotated[
+        str, typer.Option(metavar="all|everyday|NAME,...", help="What single subjects may be; compared with all.")
+    ] = "all",
     size: Annotated[str, typer.Option(metavar="SIDE|RES|WxH", help="256 (square), 720p or 1280x720.")] = "256",
     seed: SeedOption = 0,
     steps: StepsOption = None,
@@ -270,6 +275,7 @@ def prompts(
         raise ConfigError("--num 0 and --relations 0 leave nothing to measure")
     _refuse_without_effect(
         [
+            ("--concepts", concepts != "all" and not num, "--num 0"),
             ("--min-top1", min_top1 is not None and not num, "--num 0"),
             ("--min-top5", min_top5 is not None and not num, "--num 0"),
             ("--min-relations", min_relations is not None and not relations, "--relations 0"),
@@ -287,6 +293,7 @@ def prompts(
         from physformer_core.evaluation.pictures import draw_requests
         from physformer_core.evaluation.prompt_accuracy import (
             Judge,
+            chosen_concepts,
             judge_all,
             judged_table,
             relation_cases,
@@ -302,7 +309,8 @@ def prompts(
         if contact_sheet is not None:  # told before an hour of drawing
             sheet_size(num + relations, columns=8)
         aspect = width / height
-        singles, pairs = single_cases(num, seed, aspect=aspect), relation_cases(relations, seed, aspect=aspect)
+        singles = single_cases(num, seed, aspect=aspect, concepts=chosen_concepts(concepts))
+        pairs = relation_cases(relations, seed, aspect=aspect)
         cases = [*singles, *pairs]
         extractor = _extractor(features, feature_model, where)
         requests = _requests([(case.prompt, width, height) for case in cases], seed, steps, guidance)
@@ -323,6 +331,7 @@ def prompts(
         if pairs:
             result["relations"] = relation_report(judged[num:])
         result["recipe"] = {
+            "concepts": concepts,
             "extractor": extractor.recipe(),
             "gallery": gallery.key,
             "caged_gallery": caged.key if caged is not None else None,

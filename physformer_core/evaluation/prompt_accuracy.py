@@ -13,6 +13,7 @@ Prompts with a relation count as right where both things are seen in places that
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,19 +105,46 @@ class Share:
         return {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
 
 
-def single_cases(count: int, seed: int, *, aspect: float) -> list[PromptCase]:
+def chosen_concepts(text: str) -> list[int]:
+    """Rows of the concepts that a person names.
+
+    Args:
+        text: "all", "everyday" (those that scenes show most often) or names, separated by commas.
+
+    Raises:
+        ConfigError: One is unknown.
+    """
+    concepts = load_concepts()
+    if text == "all":
+        return list(range(len(concepts)))
+    if text == "everyday":
+        return [row for row, concept in enumerate(concepts) if concept.weight > 1]
+    rows = {concept.name: row for row, concept in enumerate(concepts)}
+    named = [name.strip().lower() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in named if name not in rows]:
+        near = difflib.get_close_matches(unknown[0], rows, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "all, everyday, or names such as cat,dog"
+        raise ConfigError(f"no concept is called '{unknown[0]}'", hint=hint)
+    if not named:
+        raise ConfigError("no concept is named", hint="all, everyday, or names such as cat,dog")
+    return sorted({rows[name] for name in named})
+
+
+def single_cases(count: int, seed: int, *, aspect: float, concepts: Sequence[int] | None = None) -> list[PromptCase]:
     """Prompts of single subjects, alternately on a plain colour and in a place; every concept once before any twice.
 
     Args:
         count: How many.
         seed: Decides concepts and scenes.
         aspect: Width divided by height.
+        concepts: Rows of the concepts that may be subjects; all by default. Pictures are compared with all anyway.
     """
-    concepts = load_concepts()
+    names = [concept.name for concept in load_concepts()]
+    pool = np.arange(len(names)) if concepts is None else np.asarray(concepts)
     order = np.random.default_rng([CASE_SEED, seed])
     rows: list[int] = []
     while len(rows) < count:
-        rows += order.permutation(len(concepts)).tolist()
+        rows += pool[order.permutation(len(pool))].tolist()
     cases = []
     for number, row in enumerate(rows[:count]):
         kind = "place" if number % 2 else "single"
@@ -125,7 +153,7 @@ def single_cases(count: int, seed: int, *, aspect: float) -> list[PromptCase]:
             number,
             aspect=aspect,
             kind="setting" if kind == "place" else "single",
-            concept=concepts[row].name,
+            concept=names[row],
         )
         cases.append(PromptCase(scene.captions[0], scene, row, None, "place" if kind == "place" else "plain"))
     return cases

@@ -5,13 +5,14 @@ import pytest
 
 from physformer_core.data.scenes import compose_scene, concept_named, load_concepts, render_svg
 from physformer_core.data.scenes.composer import RELATIONS
-from physformer_core.errors import OutputError
+from physformer_core.errors import ConfigError, OutputError
 from physformer_core.evaluation import gallery as gallery_module
 from physformer_core.evaluation.features import load_extractor
 from physformer_core.evaluation.gallery import load_gallery
 from physformer_core.evaluation.prompt_accuracy import (
     Judge,
     Share,
+    chosen_concepts,
     judge_all,
     judged_table,
     relation_cases,
@@ -48,6 +49,21 @@ def test_cases_are_repeatable_and_cover_every_concept_once():
     pairs = relation_cases(14, 0, aspect=16 / 9)
     assert [case.kind for case in pairs[:7]] == list(RELATIONS)
     assert all((case.other is None) == (case.kind == "in") for case in pairs)
+
+
+def test_subjects_can_be_chosen():
+    everyday = chosen_concepts("everyday")
+    assert 30 < len(everyday) < 50 and load_concepts()[everyday[0]].weight > 1
+    cases = single_cases(2 * len(everyday), 0, aspect=1.0, concepts=everyday)
+    assert sorted(case.subject for case in cases) == sorted(2 * everyday)
+    cat, dog = chosen_concepts("dog, Cat,dog")
+    assert [load_concepts()[row].name for row in (cat, dog)] == ["cat", "dog"]
+    assert chosen_concepts("all") == list(range(len(load_concepts())))
+    with pytest.raises(ConfigError, match="'elefant'") as refused:
+        chosen_concepts("cat,elefant")
+    assert "elephant" in refused.value.hint
+    with pytest.raises(ConfigError, match="no concept is named"):
+        chosen_concepts(" , ")
 
 
 def test_the_gallery_is_kept_under_a_key_of_all_it_depends_on(tiny_extractor, tmp_path, monkeypatch):
