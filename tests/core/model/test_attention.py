@@ -317,3 +317,26 @@ def test_half_precision_stays_near_single(dtype: torch.dtype) -> None:
             halved.query, halved.key, halved.value, text, Transport(case.drift, case.sigma), plan
         )
         assert output.dtype == dtype and (output.float() - exact).abs().max() < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [24, 64], ids=["dense", "halo"])
+def test_compiled_blocks_have_the_same_gradients(build, prompt_of, side: int) -> None:
+    """Compiled with the rest, overlapping windows had gradients that were wrong by their own size, or crashed."""
+
+    def gradients(compiled: bool) -> dict[str, torch.Tensor]:
+        model = build().train()
+        prompt = prompt_of(model, 2)
+        if compiled:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        generator = torch.Generator().manual_seed(1)
+        z = torch.randn(2, 3, side, side, generator=generator)
+        output = model(z, torch.tensor([0.3, 0.6]), prompt, torch.tensor([1, 1])).sample
+        output.square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, compiled = gradients(False), gradients(True)
+    assert plain.keys() == compiled.keys()
+    for name, gradient in plain.items():
+        assert (compiled[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
