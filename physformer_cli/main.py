@@ -1,4 +1,4 @@
-"""The `physformer` command: registers the subcommands and turns errors into messages and exit codes.
+"""The `physformer` command: finds the subcommands and turns errors into messages and exit codes.
 
 Exit codes: 0 all is well, 1 the user's or the data's fault (one line and a hint), 2 usage, 3 a threshold was missed,
 130 interrupted, 143 terminated.
@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -23,21 +23,43 @@ from physformer_core.chatter import hush
 from physformer_core.errors import PhysFormerError
 from physformer_core.version import __version__
 
-# In the order of the help page. Each has `register(app)`, and imports nothing heavier than typer at its top: the core
-# is imported inside the functions, so that every help page is there at once.
-COMMAND_MODULES = (
-    "physformer_cli.generate",
-    "physformer_cli.data",
-    "physformer_cli.train",
-    "physformer_cli.evaluate",
-    "physformer_cli.bench",
-    "physformer_cli.export",
-    "physformer_cli.quantize",
-    "physformer_cli.doctor",
-    "physformer_cli.info",
-    "physformer_cli.runs",
-)
 
+class Entry(NamedTuple):
+    """Where a command is, and its line in the list of commands."""
+
+    module: str
+    summary: str
+
+
+# In the order of the help page. The modules have `register(app)`, and import nothing heavier than typer at their top;
+# the core they import inside their functions.
+COMMANDS = {
+    "generate": Entry("generate", "Draw pictures from prompts."),
+    "train": Entry("train", "Train a network on a preprocessed set."),
+    "export": Entry(
+        "export", "Write a trained checkpoint's averaged weights as a folder that generate and diffusers read."
+    ),
+    "quantize": Entry(
+        "quantize", "Write a checkpoint with 8 or 4 bits per weight, which the other commands load like any other."
+    ),
+    "doctor": Entry(
+        "doctor", "Say what is here: device, versions, kernels, speeds, caches, weights, and what is missing."
+    ),
+    "info": Entry(
+        "info", "Print how pictures were made: prompt, seed, size, steps, checkpoint; or what a checkpoint is."
+    ),
+    "init": Entry(
+        "runs", "Create a commented physformer.toml: defaults for options, and the place where runs are recorded."
+    ),
+    "data": Entry("data", "Fetch pictures with captions, preprocess them, look at them."),
+    "eval": Entry("evaluate", "Measure what a model draws: prompt accuracy, FID, what a codec loses."),
+    "bench": Entry(
+        "bench", "Measure time, memory, operations and their growth, beside other transformers in the same run."
+    ),
+    "runs": Entry("runs", "List recorded runs, show one, plot one, or run it again."),
+}
+
+MARKUP: Literal["rich"] = "rich"
 DEBUG_VARIABLE = "PHYSFORMER_DEBUG"
 REPORT_HINT = (
     f"this is a fault of physformer: please report it with the output of the same command under {DEBUG_VARIABLE}=1, "
@@ -49,11 +71,40 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end (SIGTERM); unwinds like Ctrl-C, so that no half file stays behind."""
 
 
+class CommandsOnDemand(typer.core.TyperGroup):
+    """Builds the command that was named and no other, and none for the list of them.
+
+    Importing all and turning their options into parameters takes longer than showing a page of help.
+    """
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        # Of a name that does not exist, all: it may be a misspelling of one.
+        for name in [cmd_name] if cmd_name in COMMANDS else COMMANDS:
+            if name not in self.commands and cmd_name not in self.commands:
+                scratch = typer.Typer(rich_markup_mode=MARKUP)
+                importlib.import_module(f"physformer_cli.{COMMANDS[name].module}").register(scratch)
+                self.commands.update(typer.main.get_group(scratch).commands)
+        return self.commands.get(cmd_name)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*COMMANDS, *(name for name in self.commands if name not in COMMANDS)]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        built = self.commands
+        listed = {name: typer.core.TyperCommand(name, help=entry.summary) for name, entry in COMMANDS.items()}
+        self.commands = listed | dict(built)
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self.commands = built
+
+
 app = typer.Typer(
     name="physformer",
+    cls=CommandsOnDemand,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=MARKUP,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
@@ -161,5 +212,3 @@ def _silence_stdout() -> int:
 
 
 hush()
-for _module in COMMAND_MODULES:
-    importlib.import_module(_module).register(app)

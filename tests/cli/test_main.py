@@ -9,6 +9,7 @@ import time
 
 import pytest
 import typer
+from typer.main import get_command
 
 from physformer_cli import console, main
 from physformer_core.errors import SizeError
@@ -24,8 +25,9 @@ from physformer_cli.main import app
 
 def pages(command, words):
     yield words
-    for name, below in getattr(command, "commands", {}).items():
-        yield from pages(below, [*words, name])
+    if hasattr(command, "list_commands"):
+        for name in command.list_commands(None):
+            yield from pages(command.get_command(None, name), [*words, name])
 
 root = get_command(app)
 count = 0
@@ -65,6 +67,25 @@ def physformer(*arguments, **options):
 def test_no_help_page_imports_anything_heavy():
     ending = subprocess.run([sys.executable, "-c", HELP_PAGES, ",".join(HEAVY)], capture_output=True, text=True)
     assert ending.returncode == 0, ending.stderr
+
+
+def test_the_list_of_commands_says_what_they_say_of_themselves():
+    root = get_command(main.app)
+    for name, entry in main.COMMANDS.items():
+        said = root.get_command(None, name).help
+        assert " ".join(said.split("\n\n")[0].split()) == entry.summary
+    assert list(root.commands) and set(root.commands) == set(main.COMMANDS)
+
+
+def test_only_the_command_that_was_named_is_built():
+    root = get_command(main.app)
+    assert root.get_command(None, "info").name == "info" and list(root.commands) == ["info"]
+    assert root.get_command(None, "nonsense") is None and set(root.commands) == set(main.COMMANDS)
+
+
+def test_a_misspelt_command_is_guessed():
+    ending = physformer("genrate")
+    assert ending.returncode == 2 and "Did you mean 'generate'?" in ending.stderr
 
 
 def test_the_console_script():

@@ -49,7 +49,6 @@ def draw(prompt: str, output: str = typer.Option("", "--output", "-o"), seed: in
 class Module:
     register = staticmethod(lambda app: app.command("generate")(draw))
 
-main.app.registered_commands[:] = [c for c in main.app.registered_commands if c.name != "generate"]
 Module.register(main.app)
 main.run()
 """
