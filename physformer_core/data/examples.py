@@ -13,6 +13,9 @@ from physformer_core.data import framing
 from physformer_core.data.preprocess_config import PreprocessConfig
 
 _MAX_ZOOM = 1.18
+# A bitmap is decoded at so many times the resolution that is wanted of it: averaged by 1.6 after its decoder averaged
+# it by 8, a picture full of detail came out with a tenth less contrast than averaged by 12.8 at once.
+_SPARE = 2
 
 
 @dataclass(frozen=True)
@@ -68,52 +71,63 @@ def make_examples(raw: dict[str, Any], config: PreprocessConfig, factor: int = 1
     Raises:
         UnusablePicture: It cannot become a training example.
     """
-    image = None
+    bitmap = None
     height, width = raw["height"], raw["width"]
     if raw["svg"] is None:
         if raw["image"] is None:
             raise framing.UnusablePicture("no picture")
-        image = framing.open_bitmap(raw["image"], grey=True)
-        height, width = image.height, image.width
+        bitmap = framing.EncodedBitmap(raw["image"])
+        height, width = bitmap.height, bitmap.width
     bucket = framing.nearest_bucket(height, width, config.buckets)
     kept = framing.kept_area(height, width, bucket)
     if kept < config.min_kept_area:
         raise framing.UnusablePicture("too long or too tall for every bucket")
     pixels = bucket[0] * factor, bucket[1] * factor
+    reduction = math.inf if bitmap is None else framing.reduction_to(pixels, height, width)
+    max_level = framing.DRAWN_LEVELS if bitmap is None else framing.finest_level(reduction)
 
-    def frame(zoom: float = 1.0, offset: tuple[float, float] = (0.5, 0.5)) -> framing.FramedPicture:
+    # All draws come first: they decide how finely a bitmap is decoded.
+    views: list[tuple[float, tuple[float, float]]] = [(1.0, (0.5, 0.5))]
+    draws: list[framing.WindowDraw] = []
+    has_crops = config.crops_per_example > 0 and max_level >= min(config.levels)
+    if config.base_views > 1 or has_crops:
+        digest = hashlib.sha256(f"{config.seed}/{raw['key']}".encode()).digest()
+        rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
+        for _ in range(1, config.base_views):
+            zoom, *offset = rng.random(3).tolist()
+            views.append((1 + zoom * (_MAX_ZOOM - 1), (offset[0], offset[1])))
+        crops = math.floor(config.crops_per_example) + (rng.random() < config.crops_per_example % 1)
+        for _ in range(crops):
+            draw = framing.draw_window(
+                rng,
+                max_level,
+                levels=config.levels,
+                weights=config.level_weights,
+                candidates=config.crop_candidates,
+                variance_fraction=config.variance_fraction,
+            )
+            if draw is not None:
+                draws.append(draw)
+
+    image, shrunk = None, 1
+    if bitmap is not None:
+        finest = max((draw.level for draw in draws), default=0)
+        needed = max(2**finest, max(zoom for zoom, _ in views))
+        image, shrunk = bitmap.decode(grey=True, shrink=reduction / needed / _SPARE)
+
+    def frame(zoom: float, offset: tuple[float, float]) -> framing.FramedPicture:
         if image is not None:
-            return framing.FramedBitmap(image, pixels, zoom=zoom, offset=offset)
+            return framing.FramedBitmap(image, pixels, zoom=zoom, offset=offset, size=(height, width), shrunk=shrunk)
         return framing.FramedDrawing(raw["svg"], (height, width), pixels, zoom=zoom, offset=offset)
 
-    picture = frame()
-    whole = picture.whole()
-    made = [Example("base", whole)]
-    has_crops = config.crops_per_example > 0 and picture.max_level >= min(config.levels)
-    if config.base_views == 1 and not has_crops:
-        return Made(bucket, 1 - kept, made)
-    digest = hashlib.sha256(f"{config.seed}/{raw['key']}".encode()).digest()
-    rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
-    for _ in range(1, config.base_views):
-        zoom, *offset = rng.random(3).tolist()
-        made.append(Example("base", frame(1 + zoom * (_MAX_ZOOM - 1), (offset[0], offset[1])).whole()))
-    crops = math.floor(config.crops_per_example) + (rng.random() < config.crops_per_example % 1)
-    for _ in range(crops):
-        window = framing.choose_window(
-            picture,
-            whole,
-            rng,
-            levels=config.levels,
-            weights=config.level_weights,
-            size=config.crop_size * factor,
-            grid=8 * factor,
-            candidates=config.crop_candidates,
-            variance_fraction=config.variance_fraction,
-        )
-        if window is not None:
-            # An autoencoder's latents of a small picture are no average of those of the large one: a level starts from
-            # the former when a picture is drawn, so a crop of latents needs them.
-            coarse = None if config.codec == "pixels" else picture.pixels(window.halved())
-            columns = {"level": window.level, "place": picture.place(window)}
-            made.append(Example("crop", picture.pixels(window), coarse, columns))
+    pictures = [frame(*view) for view in views]
+    wholes = [picture.whole() for picture in pictures]
+    made = [Example("base", whole) for whole in wholes]
+    for draw in draws:
+        window = draw.choose(pictures[0], wholes[0], size=config.crop_size * factor, grid=8 * factor)
+        # An autoencoder's latents of a small picture are no average of those of the large one: a level starts from the
+        # former when a picture is drawn, so a crop of latents needs them.
+        coarse = None if config.codec == "pixels" else pictures[0].pixels(window.halved())
+        columns = {"level": window.level, "place": pictures[0].place(window)}
+        made.append(Example("crop", pictures[0].pixels(window), coarse, columns))
     return Made(bucket, 1 - kept, made)

@@ -2,15 +2,18 @@
 
 A level-l picture of a bucket (height, width) has height * 2^l by width * 2^l pixels. Every level shows the same frame:
 the picture cut, never stretched, to the bucket's aspect. Windows come straight from the source at the level's
-resolution: vector art is rasterised there, a bitmap is averaged over areas once, and never enlarged.
+resolution: vector art is rasterised there, a bitmap is averaged over areas once, and never enlarged. A JPEG of which
+only coarse levels are wanted is decoded at a half, a quarter or an eighth, which takes a fraction of the time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +24,9 @@ from physformer_core.data.scenes.render import render_svg
 from physformer_core.errors import DataError
 
 _DENSE_PIXELS = 192
+
+DRAWN_LEVELS = 30
+"""The highest level of vector art: it has every one."""
 
 
 class UnusablePicture(Exception):
@@ -98,7 +104,7 @@ class FramedDrawing(FramedPicture):
     ) -> None:
         self._svg = svg
         self.bucket = bucket
-        self.max_level = 30
+        self.max_level = DRAWN_LEVELS
         scale = max(bucket[0] / size[0], bucket[1] / size[1]) * zoom
         # Even sizes, so that the frame's place is a whole number of pixels at every level.
         self._full = tuple(max(side, 2 * round(raw * scale / 2)) for side, raw in zip(bucket, size, strict=True))
@@ -128,6 +134,8 @@ class FramedBitmap(FramedPicture):
     Args:
         image: RGB, or grey (mode "L"), which is averaged in a third of the time.
         bucket, zoom, offset: As in `FramedDrawing`; a zoom that would need more resolution than there is is lowered.
+        size: (height, width) of the picture, if `image` is it decoded smaller (`EncodedBitmap.decode`).
+        shrunk: How many times smaller. Levels that need more than `image` has are then an error.
 
     Raises:
         UnusablePicture: The picture is smaller than the bucket.
@@ -140,22 +148,26 @@ class FramedBitmap(FramedPicture):
         *,
         zoom: float = 1.0,
         offset: tuple[float, float] = (0.5, 0.5),
+        size: tuple[int, int] | None = None,
+        shrunk: int = 1,
     ) -> None:
+        height, width = size or (image.height, image.width)
         self._image = image
         self.bucket = bucket
-        reduction = min(image.height / bucket[0], image.width / bucket[1])  # source pixels per level-0 pixel
-        if reduction < 1:
-            raise UnusablePicture("smaller than its bucket")
-        self._reduction = max(1.0, reduction / zoom)
-        self.max_level = int(math.log2(self._reduction) + 1e-9)
+        reduction = max(1.0, reduction_to(bucket, height, width) / zoom)
+        self.max_level = finest_level(reduction)
+        # Pixels of `image` per pixel of level 0. The last one of a smaller picture may be there in part only.
+        self._reduction = reduction / shrunk
         self._origin = (
-            (image.height - bucket[0] * self._reduction) * offset[0],
-            (image.width - bucket[1] * self._reduction) * offset[1],
+            (height / shrunk - bucket[0] * self._reduction) * offset[0],
+            (width / shrunk - bucket[1] * self._reduction) * offset[1],
         )
 
     def pixels(self, window: Window) -> np.ndarray:
         height, width = window.height, window.width
-        step = self._reduction / 2**window.level  # source pixels per pixel of the window's level, at least 1
+        step = self._reduction / 2**window.level  # source pixels per pixel of the window's level
+        if step < 1 - 1e-9:
+            raise ValueError(f"level {window.level} of a picture that was decoded for coarser ones")
         top, left = self._origin[0] + window.top * step, self._origin[1] + window.left * step
         if step.is_integer() and top.is_integer() and left.is_integer():
             whole = int(step)
@@ -214,23 +226,87 @@ def _averages(
     return int(first[0]), matrix.toarray() if matrix.shape[1] <= _DENSE_PIXELS else matrix
 
 
-def open_bitmap(encoded: bytes, *, grey: bool = False) -> Image.Image:
-    """Decodes a picture: upright (EXIF), RGB, transparent parts on white.
+class EncodedBitmap:
+    """A bitmap's file, of which so much has been read that its size is known.
 
     Args:
         encoded: The file's content.
-        grey: Leave pictures of one channel of 8 bits (mode "L") as they are.
+
+    Attributes:
+        height, width: In pixels, upright (EXIF).
+
+    Raises:
+        UnusablePicture: It cannot be read.
+    """
+
+    height: int
+    width: int
+
+    def __init__(self, encoded: bytes) -> None:
+        sideways = False
+        with _readable():
+            self._image: Image.Image = Image.open(io.BytesIO(encoded))
+            if self._image.format == "JPEG":
+                sideways = _may_be_turned(self._image) and self._image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+            else:  # what says which side is up may stand behind the pixels
+                self._load()
+        self.width, self.height = self._image.size[::-1] if sideways else self._image.size
+
+    def decode(self, *, grey: bool = False, shrink: float = 1) -> tuple[Image.Image, int]:
+        """Decodes it: upright, RGB, transparent parts on white. To be called once.
+
+        Args:
+            grey: Leave pictures of one channel of 8 bits (mode "L") as they are.
+            shrink: It may be so many times smaller. Only JPEGs become smaller, by 2, 4 or 8: their blocks are decoded
+                without the finest frequencies, which is an average but for rounding and a little ringing.
+
+        Returns:
+            The picture, and how many times smaller it is. A side is rounded up: its last pixel may be there in part.
+
+        Raises:
+            UnusablePicture: It cannot be decoded.
+        """
+        image, shrunk = self._image, 1
+        with _readable():
+            if image.format == "JPEG":
+                shrunk = max(scale for scale in (1, 2, 4, 8) if scale <= max(1, shrink))
+                if shrunk > 1:
+                    image.draft(None, (max(1, image.width // shrunk), max(1, image.height // shrunk)))
+                self._load()
+        return _plain(image, grey), shrunk
+
+    def _load(self) -> None:
+        self._image.load()
+        if _may_be_turned(self._image):
+            ImageOps.exif_transpose(self._image, in_place=True)
+
+
+_ORIENTATION = 0x0112
+# Its values that exchange height and width.
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnusablePicture("cannot be decoded") from error
+
+
+def open_bitmap(encoded: bytes) -> Image.Image:
+    """Decodes a picture whole: upright (EXIF), RGB, transparent parts on white.
+
+    Args:
+        encoded: The file's content.
 
     Raises:
         UnusablePicture: It cannot be decoded.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(encoded))
-        image.load()
-        if _may_be_turned(image):
-            ImageOps.exif_transpose(image, in_place=True)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnusablePicture("cannot be decoded") from error
+    return EncodedBitmap(encoded).decode()[0]
+
+
+def _plain(image: Image.Image, grey: bool) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -246,6 +322,23 @@ def _may_be_turned(image: Image.Image) -> bool:
     return hasattr(image, "tag_v2") or any(note in image.info for note in notes)
 
 
+def reduction_to(bucket: tuple[int, int], height: int, width: int) -> float:
+    """Pixels of a picture per pixel of its bucket, in each direction.
+
+    Raises:
+        UnusablePicture: The picture is smaller than the bucket.
+    """
+    reduction = min(height / bucket[0], width / bucket[1])
+    if reduction < 1:
+        raise UnusablePicture("smaller than its bucket")
+    return reduction
+
+
+def finest_level(reduction: float) -> int:
+    """The highest level that a picture of so many pixels per pixel of level 0 has the resolution for."""
+    return int(math.log2(reduction) + 1e-9)
+
+
 def nearest_bucket(height: float, width: float, buckets: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """The bucket whose aspect is nearest on a logarithmic scale; the first of equals."""
     aspect = math.log(width / height)
@@ -258,38 +351,71 @@ def kept_area(height: float, width: float, bucket: tuple[int, int]) -> float:
     return min(ratio, 1 / ratio)
 
 
-def choose_window(
-    picture: FramedPicture,
-    overview: np.ndarray,
+@dataclass(frozen=True)
+class WindowDraw:
+    """What chance says of a window: enough to know how finely its picture must be decoded.
+
+    Attributes:
+        level: The window's level.
+        lively: Whether the candidate with the largest variance of pixels is kept, instead of the first.
+        places: Where candidates lie: [candidates, 2], (y, x) in [0, 1).
+    """
+
+    level: int
+    lively: bool
+    places: np.ndarray
+
+    def choose(self, picture: FramedPicture, overview: np.ndarray, *, size: int, grid: int = 8) -> Window:
+        """The window.
+
+        Args:
+            picture: The picture.
+            overview: Its level-0 picture. Windows are compared in it: to draw each of them would take three times as
+                long as all the rest, and it tells a face from a sky too.
+            size: Side of the window in pixels, a multiple of `grid`; a picture that is smaller in one direction is
+                shown whole in that direction.
+            grid: The window's offsets are multiples of so many pixels.
+        """
+        full_height, full_width = picture.level_size(self.level)
+        height, width = min(size, full_height), min(size, full_width)
+        windows = [
+            Window(
+                self.level,
+                grid * int(y * ((full_height - height) // grid + 1)),
+                grid * int(x * ((full_width - width) // grid + 1)),
+                height,
+                width,
+            )
+            for y, x in self.places
+        ]
+        if not self.lively or len(set(windows)) == 1:
+            return windows[0]
+        return max(windows, key=lambda window: _variance(overview, window))
+
+
+def draw_window(
     rng: np.random.Generator,
+    max_level: int,
     *,
     levels: tuple[int, ...],
     weights: tuple[float, ...],
-    size: int,
     candidates: int,
     variance_fraction: float,
-    grid: int = 8,
-) -> Window | None:
-    """Draws a level and a window of it.
+) -> WindowDraw | None:
+    """Draws a level and places of windows.
 
     Args:
-        picture: The picture.
-        overview: Its level-0 picture. Windows are compared in it: to draw each of them would take three times as long
-            as all the rest, and it tells a face from a sky too.
         rng: Always advanced by as many draws, whatever comes out.
-        levels, weights: Levels to draw from and their relative frequencies. Levels beyond the picture's resolution
-            are left out.
-        size: Side of the window in pixels, a multiple of `grid`; a picture that is smaller in one direction is shown
-            whole in that direction.
+        max_level: The picture's. Levels beyond it are left out.
+        levels, weights: Levels to draw from and their relative frequencies.
         candidates: How many windows are drawn.
-        variance_fraction: How often the candidate with the largest variance of pixels is kept, instead of the first.
-        grid: The window's offsets are multiples of so many pixels.
+        variance_fraction: How often the one with the largest variance is kept.
 
     Returns:
-        The window, or None if the picture has none of the levels.
+        The draw, or None if the picture has none of the levels.
     """
     pick, lively, places = rng.random(), rng.random() < variance_fraction, rng.random((candidates, 2))
-    possible = [(level, weight) for level, weight in zip(levels, weights, strict=True) if level <= picture.max_level]
+    possible = [(level, weight) for level, weight in zip(levels, weights, strict=True) if level <= max_level]
     total = sum(weight for _, weight in possible)
     if total <= 0:
         return None
@@ -299,21 +425,7 @@ def choose_window(
         if pick < passed:
             level = candidate
             break
-    full_height, full_width = picture.level_size(level)
-    height, width = min(size, full_height), min(size, full_width)
-    windows = [
-        Window(
-            level,
-            grid * int(y * ((full_height - height) // grid + 1)),
-            grid * int(x * ((full_width - width) // grid + 1)),
-            height,
-            width,
-        )
-        for y, x in places
-    ]
-    if not lively or len(set(windows)) == 1:
-        return windows[0]
-    return max(windows, key=lambda window: _variance(overview, window))
+    return WindowDraw(level, bool(lively), places)
 
 
 def _variance(overview: np.ndarray, window: Window) -> float:

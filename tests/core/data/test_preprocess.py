@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from physformer_core.data import framing
+from physformer_core.data.examples import make_examples
 from physformer_core.data.inspection import inspect_raw_set
 from physformer_core.data.preprocess import PreprocessConfig, preprocess
 from physformer_core.data.scenes import render_svg
@@ -252,15 +253,70 @@ def test_bitmaps_are_upright_and_on_white() -> None:
     assert framing.open_bitmap(stream.getvalue()).getpixel((3, 3)) == (128, 128, 128)
 
 
+def photograph_file(height: int, width: int, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    coarse = np.random.default_rng(0).integers(0, 256, (height // 12, width // 12, 3), np.uint8)
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(
+        stream, "JPEG", quality=92, **options
+    )
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("height", "width"), [(301, 333), (512, 512), (263, 511)])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_jpeg_is_decoded_as_finely_as_it_is_needed(height: int, width: int, level: int) -> None:
+    encoded, bucket = photograph_file(height, width), (32, 40)
+    whole = framing.FramedBitmap(framing.open_bitmap(encoded), bucket)
+    reduction = framing.reduction_to(bucket, height, width)
+    image, shrunk = framing.EncodedBitmap(encoded).decode(shrink=reduction / 2**level / 2)
+    assert shrunk == 2 ** max(0, int(np.log2(reduction / 2**level)) - 1) and image.width == -(-width // shrunk)
+    small = framing.FramedBitmap(image, bucket, size=(height, width), shrunk=shrunk)
+    assert small.max_level == whole.max_level
+    window = framing.Window(level, 8, 16, (bucket[0] << level) - 8, (bucket[1] << level) - 16)
+    difference = np.abs(whole.pixels(window).astype(int) - small.pixels(window))
+    # A shift by half a pixel of the level would give 10 to 23 on average.
+    assert difference.mean() < 3 and np.percentile(difference, 99) < 11
+    if shrunk > 1:
+        with pytest.raises(ValueError, match="coarser"):
+            small.pixels(framing.Window(whole.max_level, 0, 0, 8, 8))
+
+
+def test_a_jpeg_that_was_turned_is_decoded_smaller_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    encoded = photograph_file(240, 400, exif=exif)
+    bitmap = framing.EncodedBitmap(encoded)
+    assert (bitmap.height, bitmap.width) == (400, 240)
+    small, shrunk = bitmap.decode(shrink=5.0)
+    assert shrunk == 4 and small.size == (60, 100)
+    upright = np.asarray(framing.open_bitmap(encoded)).astype(float).reshape(100, 4, 60, 4, 3).mean((1, 3))
+    assert np.abs(np.asarray(small) - upright).mean() < 2
+
+
+def test_examples_of_a_jpeg_are_those_of_its_pixels(config: PreprocessConfig) -> None:
+    """The same windows whether it can be decoded smaller or not, and nearly the same pixels."""
+    config = dataclasses.replace(config, base_views=2, crops_per_example=2)
+    encoded = photograph_file(400, 520)
+    stream = io.BytesIO()
+    framing.open_bitmap(encoded).save(stream, "PNG")
+    for key in ("a", "b", "c", "d"):
+        raw = {"key": key, "svg": None, "height": 400, "width": 520}
+        jpeg, png = (make_examples(raw | {"image": file}, config) for file in (encoded, stream.getvalue()))
+        assert [one.columns for one in jpeg.examples] == [one.columns for one in png.examples]
+        for one, other in zip(jpeg.examples, png.examples, strict=True):
+            assert np.abs(one.pixels.astype(int) - other.pixels).mean() < 2
+
+
 def test_lively_windows_are_preferred(make_drawing: Make) -> None:
     picture = framing.FramedDrawing(make_drawing(2, 500, 500)["svg"], (500, 500), (64, 64))
     overview = picture.whole()
 
     def mean_variance(fraction: float) -> float:
         rng = np.random.default_rng(0)
-        options = {"levels": (3,), "weights": (1.0,), "size": 96, "candidates": 3, "variance_fraction": fraction}
-        windows = [framing.choose_window(picture, overview, rng, **options) for _ in range(40)]
-        return float(np.mean([picture.pixels(window).var(axis=(0, 1)).sum() for window in windows if window]))
+        options = {"levels": (3,), "weights": (1.0,), "candidates": 3, "variance_fraction": fraction}
+        draws = [framing.draw_window(rng, picture.max_level, **options) for _ in range(40)]
+        windows = [draw.choose(picture, overview, size=96) for draw in draws if draw]
+        return float(np.mean([picture.pixels(window).var(axis=(0, 1)).sum() for window in windows]))
 
     # They are compared in the small picture, and differ as much at their own resolution.
     assert mean_variance(1.0) > 1.3 * mean_variance(0.0)
