@@ -145,7 +145,7 @@ def load_pipeline(
     compile: bool = False,
     adapters: Sequence[ScaledAdapter] = (),
 ) -> PhysFormerPipeline:
-    """Loads a checkpoint for inference.
+    """Loads a checkpoint for inference. On a CPU the process keeps its memory from then on (`keep_freed_memory`).
 
     Args:
         checkpoint: See `find_checkpoint`, or what that returned.
@@ -165,9 +165,11 @@ def load_pipeline(
     found = checkpoint if isinstance(checkpoint, Checkpoint) else find_checkpoint(checkpoint)
     with paused_collector():
         from physformer_core.config import FlowConfig
+        from physformer_core.hardware import keep_freed_memory
         from physformer_core.pipeline import PhysFormerPipeline
 
     device = torch.device(device)
+    keep_freed_memory(device)
     flow = found.pipeline["flow"]
     try:
         FlowConfig(**flow)

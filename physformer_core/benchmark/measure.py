@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from physformer_core.benchmark.cases import QUADRATIC, Case
-from physformer_core.benchmark.fit import PowerLaw, fit_power_law
+from physformer_core.benchmark.fit import PowerLaw, fit_power_law, fit_quadratic_law
 from physformer_core.benchmark.machine import MachinePeak
 from physformer_core.benchmark.workers import OutOfMemory, Sample, Worker
 from physformer_core.errors import ConfigError, DeviceError
@@ -155,17 +155,17 @@ def measure_sizes(
 
 
 def extrapolated(case: Case, done: Sequence[Measurement]) -> Iterator[Measurement]:
-    """The time of a case from the fit of its contender's measured sizes; nothing if there are fewer than two."""
-    laws = fits(done)
-    if group_of(case) not in laws:
+    """The time of a quadratic case by its contender's measured sizes; nothing if there are fewer than two."""
+    own = [one for one in done if group_of(one.case) == group_of(case) and one.status == "measured" and one.seconds]
+    if len({one.case.tokens for one in own}) < 2:
         return
-    law = laws[group_of(case)]["time"]
-    interval = "no interval" if law.half_width is None else f"95 %: +-{law.half_width:.2f}"
+    law = fit_quadratic_law([one.case.tokens for one in own], [one.seconds or 0.0 for one in own])
+    largest = max(one.case.tokens for one in own)
     yield Measurement(
         case=case,
         status="extrapolated",
         seconds=law.at(case.tokens),
-        note=f"from its fit over smaller sizes, tokens^{law.exponent:.2f} ({interval})",
+        note=f"a tokens + b tokens^2 through its sizes up to {largest:,}, which it meets to {100 * law.residual:.0f} %",
     )
 
 

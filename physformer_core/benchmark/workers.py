@@ -22,7 +22,7 @@ from physformer_core.benchmark.cases import Case, build
 from physformer_core.benchmark.counting import CostCounter
 from physformer_core.benchmark.machine import wait_for
 from physformer_core.errors import DeviceError, PhysFormerError
-from physformer_core.hardware import peak_memory, resolve_device
+from physformer_core.hardware import keep_freed_memory, peak_memory, resolve_device
 
 _PRELOADED = ["physformer_core.benchmark.preloaded"]
 
@@ -130,6 +130,7 @@ def _serve(connection: multiprocessing.connection.Connection, case: Case, memory
             if memory_limit is not None:
                 _limit_memory(memory_limit)
             device = resolve_device(case.device)
+            keep_freed_memory(device)
             subject = build(case)
             with torch.inference_mode():
                 subject.warm_up()

@@ -21,7 +21,7 @@ from physformer_core.checkpoints import find_checkpoint
 from physformer_core.config import RunConfig
 from physformer_core.data.loader import Batch, BatchStream, ShardSet
 from physformer_core.errors import CheckpointError, ConfigError, PhysFormerError
-from physformer_core.hardware import has_fast_bfloat16, resolve_dtype
+from physformer_core.hardware import has_fast_bfloat16, keep_freed_memory, resolve_dtype
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.pipeline import PhysFormerPipeline
 from physformer_core.training.adapter import adapted_model, adapter_facts, check_resumed_adapter, check_text
@@ -108,6 +108,7 @@ class Trainer:
             self.parallel = resolve_parallel(train.parallel, self.ranks)
             self._check_shares()
             self.device = self.ranks.device(device)
+            keep_freed_memory(self.device)
             self.dtype = resolve_dtype(train.dtype, self.device)
             self.shards = ShardSet(data_dir)
             self._check_level_zero()
