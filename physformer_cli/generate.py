@@ -117,7 +117,7 @@ def generate(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Compile the network first; pays off for many pictures.",
+            help="Compile the network first, for each size of picture and level: pays off for many pictures.",
             rich_help_panel=_HOW,
             show_default=False,
         ),

@@ -258,15 +258,15 @@ def fused_attention(
     return flex_attend(query, key, value, text_key, text_value, transport.drift_hc, transport.sigma_h, plan.grid)
 
 
-@torch.compiler.disable
-def _halo_as_written(*args: Any) -> Tensor:
-    return halo_attention(*args)
+_halo_as_written = torch.compiler.disable(halo_attention)
 
 
-def _halo(*args: Any) -> Tensor:
-    """`halo_attention`, left out of compiled graphs where there are gradients: torch 2.13 compiles the backward pass of
-    its overlapping windows, on a CPU, to code whose gradients are wrong and that reads beyond its memory."""
-    return _halo_as_written(*args) if torch.is_grad_enabled() else halo_attention(*args)
+def _halo(query: Tensor, *rest: Any) -> Tensor:
+    """`halo_attention`, left out of compiled graphs on CPUs and where there are gradients: torch 2.13 compiles the
+    backward pass of its overlapping windows, on a CPU, to code whose gradients are wrong and that reads beyond its
+    memory, and the forward pass to code that takes longer than what it replaces, after minutes of compiling."""
+    written = torch.is_grad_enabled() or query.device.type == "cpu"
+    return _halo_as_written(query, *rest) if written else halo_attention(query, *rest)
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -369,8 +369,9 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
         query = self.to_q(hidden_states).unflatten(-1, (self.heads, -1))
         key = self.to_k(hidden_states).unflatten(-1, (self.heads, -1))
         value = self.to_v(hidden_states).unflatten(-1, (self.heads, -1))
-        if not torch.is_grad_enabled() and query.dtype == torch.float32:
-            # The same in place: half the time on a CPU, where every pass goes to memory.
+        if not torch.is_grad_enabled() and query.dtype == torch.float32 and not torch.compiler.is_compiling():
+            # The same in place: half the time on a CPU, where every pass goes to memory. Compiled it takes ten times as
+            # long as what follows, which the compiler fuses.
             self._finish(query, self.norm_q.weight * self.content_dim**-0.5, cos, sin)
             self._finish(key, self.norm_k.weight, cos, sin)
             return query, key, value

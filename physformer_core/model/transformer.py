@@ -43,6 +43,9 @@ from physformer_core.model.updates import ResidualForm, residual_form
 FEED_FORWARD_CHUNK = 2048
 """Tokens that pass through a feed-forward at once without gradients, so that its hidden layer stays in cache."""
 
+# A compiled graph holds every chunk: more of them would be compiled for minutes.
+_COMPILED_CHUNKS = 8
+
 
 @dataclass
 class PhysFormerTransformer2DOutput(BaseOutput):
@@ -164,7 +167,8 @@ class PhysFormerBlock(nn.Module):
         if torch.is_grad_enabled() or q.shape[1] <= FEED_FORWARD_CHUNK:
             p = self.update(changed, self.feed(q, modulation))
         else:
-            chunks = zip(changed.split(FEED_FORWARD_CHUNK, dim=1), q.split(FEED_FORWARD_CHUNK, dim=1), strict=True)
+            size = max(FEED_FORWARD_CHUNK, -(-q.shape[1] // _COMPILED_CHUNKS) if torch.compiler.is_compiling() else 0)
+            chunks = zip(changed.split(size, dim=1), q.split(size, dim=1), strict=True)
             p = torch.cat([self.update(chunk, self.feed(read, modulation)) for chunk, read in chunks], dim=1)
         return (q, p) if self.form.streams == 2 else (p,)
 

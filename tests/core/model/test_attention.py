@@ -340,3 +340,19 @@ def test_compiled_blocks_have_the_same_gradients(build, prompt_of, side: int) ->
     assert plain.keys() == compiled.keys()
     for name, gradient in plain.items():
         assert (compiled[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+@pytest.mark.slow
+def test_compiled_blocks_draw_the_same(build, prompt_of) -> None:
+    """Without gradients the network takes other, faster roads, compiled and not."""
+    model = build()
+    prompt = prompt_of(model, 2)
+    z = torch.randn(2, 3, 100, 104, generator=torch.Generator().manual_seed(1))
+    time, level = torch.tensor([0.3, 0.6]), torch.tensor([1, 1])
+    with torch.inference_mode():
+        eager = model(z, time, prompt, level).sample
+        for block in model.blocks:
+            block.compile(dynamic=False)
+        compiled = model(z, time, prompt, level).sample
+    assert eager.std() > 0.01
+    assert (compiled - eager).abs().max() <= 1e-4 * eager.abs().max()
