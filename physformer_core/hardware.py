@@ -128,6 +128,13 @@ def keep_freed_memory(device: torch.device) -> bool:
     return all(mallopt(option, value) == 1 for option, value in ((-4, 0), (-1, -1), (-2, 64 << 20)))
 
 
+def give_back_freed_memory() -> None:
+    """Has the C library give back, once, what is free: before memory is counted that `keep_freed_memory` has kept."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _clock(device: torch.device) -> float:
     return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.perf_counter()
 

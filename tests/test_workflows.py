@@ -37,5 +37,5 @@ def test_commands_in_workflows_parse(path: Path) -> None:
         words = shlex.split(text.split(">")[0])
         command, rest = typer.main.get_command(main.app), words
         while hasattr(command, "commands"):
-            command, rest = command.commands[rest[0]], rest[1:]
+            command, rest = command.get_command(None, rest[0]), rest[1:]
         command.make_context(words[0], list(rest), resilient_parsing=False)

@@ -160,12 +160,13 @@ def extrapolated(case: Case, done: Sequence[Measurement]) -> Iterator[Measuremen
     if len({one.case.tokens for one in own}) < 2:
         return
     law = fit_quadratic_law([one.case.tokens for one in own], [one.seconds or 0.0 for one in own])
-    largest = max(one.case.tokens for one in own)
+    sizes = sorted({one.case.tokens for one in own})
+    met = f"which it meets to {100 * law.residual:.0f} %" if len(sizes) > 2 else "two sizes, so nothing checks it"
     yield Measurement(
         case=case,
         status="extrapolated",
         seconds=law.at(case.tokens),
-        note=f"a tokens + b tokens^2 through its sizes up to {largest:,}, which it meets to {100 * law.residual:.0f} %",
+        note=f"a tokens + b tokens^2 through its sizes up to {sizes[-1]:,}, {met}",
     )
 
 

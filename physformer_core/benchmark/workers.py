@@ -22,7 +22,7 @@ from physformer_core.benchmark.cases import Case, build
 from physformer_core.benchmark.counting import CostCounter
 from physformer_core.benchmark.machine import wait_for
 from physformer_core.errors import DeviceError, PhysFormerError
-from physformer_core.hardware import keep_freed_memory, peak_memory, resolve_device
+from physformer_core.hardware import give_back_freed_memory, keep_freed_memory, peak_memory, resolve_device
 
 _PRELOADED = ["physformer_core.benchmark.preloaded"]
 
@@ -186,6 +186,7 @@ def _forget_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif platform.system() == "Linux":
+        give_back_freed_memory()
         with contextlib.suppress(PermissionError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
     return peak_memory(device)

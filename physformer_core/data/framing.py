@@ -243,14 +243,16 @@ class EncodedBitmap:
     width: int
 
     def __init__(self, encoded: bytes) -> None:
-        sideways = False
+        orientation = 1
         with _readable():
             self._image: Image.Image = Image.open(io.BytesIO(encoded))
             if self._image.format == "JPEG":
-                sideways = _may_be_turned(self._image) and self._image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
+                if _may_be_turned(self._image):
+                    orientation = self._image.getexif().get(_ORIENTATION, 1)
             else:  # what says which side is up may stand behind the pixels
                 self._load()
-        self.width, self.height = self._image.size[::-1] if sideways else self._image.size
+        self._turned = orientation != 1
+        self.width, self.height = self._image.size[::-1] if orientation in _SIDEWAYS else self._image.size
 
     def decode(self, *, grey: bool = False, shrink: float = 1) -> tuple[Image.Image, int]:
         """Decodes it: upright, RGB, transparent parts on white. To be called once.
@@ -269,7 +271,12 @@ class EncodedBitmap:
         image, shrunk = self._image, 1
         with _readable():
             if image.format == "JPEG":
-                shrunk = max(scale for scale in (1, 2, 4, 8) if scale <= max(1, shrink))
+                # A turn would bring the pixel that is there in part to the front, and shift the picture.
+                shrunk = max(
+                    scale
+                    for scale in (1, 2, 4, 8)
+                    if scale <= max(1, shrink) and not (self._turned and (image.width % scale or image.height % scale))
+                )
                 if shrunk > 1:
                     image.draft(None, (max(1, image.width // shrunk), max(1, image.height // shrunk)))
                 self._load()

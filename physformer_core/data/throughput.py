@@ -1,9 +1,10 @@
 """How fast data is prepared and served, against what cannot be avoided, and how much memory that takes.
 
 Everything is measured in one run, on pictures that are made for it, scenes, or a folder's: rates of a busy machine mean
-little, their ratios more. The limit is what any preparation must do with a picture: decode it, and resize it to what is
-stored of it; a drawing is rasterised instead. To fetch stores no pixels: there the limit is one small picture. To
-preprocess stores a small picture and a window or more of a large one, so these are resized (rasterised) too.
+little, their ratios more. The limit is what a plain preparation does with a picture: decode it whole, and resize it to
+what is stored of it; a drawing is rasterised instead. To fetch stores no pixels: there the limit is one small picture.
+To preprocess stores a small picture and a window or more of a large one, so these are resized (rasterised) too. A JPEG
+that preprocessing decodes only as finely as it needs can pass the limit.
 """
 
 from __future__ import annotations
