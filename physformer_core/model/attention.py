@@ -12,10 +12,11 @@ Backends, all with the signature of `reference_attention`:
 * ``reference``: logits, mask and softmax written out. What the others are tested against.
 * ``dense``: one fused call over the whole field, with a mask only where the window does not cover it.
 * ``halo``: blocks of queries against their windows, in chunks of block rows. Linear in the number of tokens.
+* ``native``: the same blocks in C, without copies of windows: float32 on a CPU; see `physformer_core.model.native`.
 * ``flex``: one fused kernel, on CUDA alone; see `physformer_core.model.flex`.
 
-``auto`` takes ``dense`` up to `DENSE_TOKENS`, above that ``halo``, and on CUDA without gradients ``flex`` from
-`FLEX_TOKENS` where its kernel passes its own test. All return the same picture.
+``auto`` takes ``dense`` up to `DENSE_TOKENS`, above that ``halo``; without gradients ``native`` instead where it can
+run, and on CUDA ``flex`` from `FLEX_TOKENS`, each where its kernel passes its own test. All return the same picture.
 """
 
 from __future__ import annotations
@@ -44,14 +45,18 @@ from physformer_core.model.geometry import (
     same_window,
     window_coordinates,
 )
+from physformer_core.model.native import ops as native
 
-Backend = Literal["auto", "reference", "dense", "halo", "flex"]
+Backend = Literal["auto", "reference", "dense", "halo", "native", "flex"]
 
 DENSE_TOKENS = 512
 """Fields up to this many tokens take one dense call (measured: see docs/performance.md)."""
 
 FLAT_SIGMA = 12.0
 """Kernel width (tokens) of the ablation without drift: nearly flat over a window, and still hides far keys."""
+
+NORM_EPSILON = 1e-6
+"""What norms add to a mean square."""
 
 CHUNK_WINDOW_BYTES = 32 * 2**20
 """Key windows gathered at once without gradients, in bytes: large enough to feed all cores, small enough to stay
@@ -83,7 +88,7 @@ class AttentionPlan:
         mask_nn: Bool [N, N], or None where every window holds the whole field.
     """
 
-    backend: Literal["reference", "dense", "halo", "flex"]
+    backend: Literal["reference", "dense", "halo", "native", "flex"]
     grid: BlockGrid
     cos: Tensor
     sin: Tensor
@@ -96,15 +101,18 @@ def plan_attention(grid: BlockGrid, backend: Backend, cos: Tensor, sin: Tensor, 
 
     Raises:
         ConfigError: For ``dense`` in half precision over a field above `MAX_WINDOW`, whose coordinates would round, and
-            for ``flex`` where it cannot run.
+            for ``flex`` and ``native`` where they cannot run.
     """
     longest = max(grid.height, grid.width)
     if backend == "auto":
         small = grid.height * grid.width <= DENSE_TOKENS and longest <= MAX_WINDOW
-        backend = "dense" if small else "flex" if _takes_flex(grid, cos.device) else "halo"
-    elif backend == "flex" and (reason := why_no_flex(cos.device)) is not None:
-        raise ConfigError(f"the attention backend 'flex' cannot run here: {reason}", hint="use 'auto' or 'halo'")
-    if backend in ("halo", "flex"):
+        backend = "dense" if small else _without_limit(grid, cos.device, dtype)
+    elif backend in ("flex", "native"):
+        reason = why_no_flex(cos.device) if backend == "flex" else why_no_native(cos.device, dtype)
+        if reason is not None:
+            hint = "use 'auto' or 'halo'"
+            raise ConfigError(f"the attention backend '{backend}' cannot run here: {reason}", hint=hint)
+    if backend in ("halo", "native", "flex"):
         return AttentionPlan(backend, grid, cos, sin)
     if backend == "dense" and dtype != torch.float32 and longest > MAX_WINDOW:
         raise ConfigError(
@@ -116,11 +124,25 @@ def plan_attention(grid: BlockGrid, backend: Backend, cos: Tensor, sin: Tensor, 
     return AttentionPlan(backend, grid, cos, sin, coordinates, mask)
 
 
-def _takes_flex(grid: BlockGrid, device: torch.device) -> bool:
-    """Whether ``auto`` takes ``flex``. Not with gradients: those of drift and width go through it untested."""
+def why_no_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``native`` cannot run with weights of a dtype on a device, in a few words, or None if it can."""
+    if device.type != "cpu":
+        return "its kernels are for CPUs"
+    if dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return "its kernels are for float32"
+    if torch.is_grad_enabled():
+        return "its kernels have no gradients"
+    return native.why_not()
+
+
+def _without_limit(grid: BlockGrid, device: torch.device, dtype: torch.dtype) -> Literal["halo", "native", "flex"]:
+    """The fastest backend here whose cost is linear. Not ``flex`` with gradients: those of drift and width go through
+    it untested."""
+    if device.type == "cpu":
+        return "halo" if why_no_native(device, dtype) else "native"
     if device.type != "cuda" or grid.height * grid.width < FLEX_TOKENS or torch.is_grad_enabled():
-        return False
-    return why_no_flex(device) is None and flex_verified(device)
+        return "halo"
+    return "flex" if why_no_flex(device) is None and flex_verified(device) else "halo"
 
 
 @dataclass(frozen=True)
@@ -258,6 +280,16 @@ def fused_attention(
     return flex_attend(query, key, value, text_key, text_value, transport.drift_hc, transport.sigma_h, plan.grid)
 
 
+@torch.compiler.disable
+def native_attention(
+    query: Tensor, key: Tensor, value: Tensor, text: TextKeyValue | None, transport: Transport, plan: AttentionPlan
+) -> Tensor:
+    """Blocks of queries against their windows, in C; see `reference_attention` for shapes."""
+    text_key, text_value = (None, None) if text is None else (text.key, text.value)
+    kernel = (transport.drift_hc, transport.sigma_h)
+    return native.window_attention(query, key, value, text_key, text_value, *kernel, plan.grid)
+
+
 _halo_as_written = torch.compiler.disable(halo_attention)
 
 
@@ -273,15 +305,9 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": reference_attention,
     "dense": dense_attention,
     "halo": _halo,
+    "native": native_attention,
     "flex": fused_attention,
 }
-
-
-def inverse_rms(hidden_states: Tensor) -> Tensor:
-    """One over the root mean square of the last dimension, kept as a dimension; torch's own norm, with its epsilon of
-    1e-6, makes more passes on a CPU."""
-    norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
-    return norm.square_().mul_(1 / hidden_states.shape[-1]).add_(1e-6).rsqrt_()
 
 
 class HeadNorm(nn.Module):
@@ -294,7 +320,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         weight = self.weight.to(hidden_states.dtype)  # under autocast the fused norm wants one dtype
-        return F.rms_norm(hidden_states, (hidden_states.shape[-1],), weight, 1e-6)
+        return F.rms_norm(hidden_states, (hidden_states.shape[-1],), weight, NORM_EPSILON)
 
 
 class PhysFormerAttnProcessor:
@@ -369,11 +395,9 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
         query = self.to_q(hidden_states).unflatten(-1, (self.heads, -1))
         key = self.to_k(hidden_states).unflatten(-1, (self.heads, -1))
         value = self.to_v(hidden_states).unflatten(-1, (self.heads, -1))
-        if not torch.is_grad_enabled() and query.dtype == torch.float32 and not torch.compiler.is_compiling():
-            # The same in place: half the time on a CPU, where every pass goes to memory. Compiled it takes ten times as
-            # long as what follows, which the compiler fuses.
-            self._finish(query, self.norm_q.weight * self.content_dim**-0.5, cos, sin)
-            self._finish(key, self.norm_k.weight, cos, sin)
+        if native.takes(query):
+            native.norm_rotate_(query, self.norm_q.weight * self.content_dim**-0.5, cos, sin, NORM_EPSILON)
+            native.norm_rotate_(key, self.norm_k.weight, cos, sin, NORM_EPSILON)
             return query, key, value
         query, key = self.norm_q(query) * self.content_dim**-0.5, self.norm_k(key)
         # CUDA's autocast norms in float32. The geometry must be split for the dtype that attention will run in.
@@ -386,14 +410,6 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
             return torch.cat([rotate_pairs(turning, cos, sin), still], dim=-1)
 
         return rotate(query), rotate(key), value
-
-    def _finish(self, content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Norms and turns float32 content [B, N, heads, content_dim] in place."""
-        content.mul_(inverse_rms(content)).mul_(gain)
-        first, second = content[..., : self.rotary_dim].chunk(2, dim=-1)
-        turned = first * cos - second * sin
-        second.mul_(cos).addcmul_(first, sin)
-        first.copy_(turned)
 
     def encode_text(self, text_states: Tensor, mask: Tensor) -> TextKeyValue:
         """Keys and values of the prompt.

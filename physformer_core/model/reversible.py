@@ -99,7 +99,7 @@ class _Reversible(torch.autograd.Function):
 
 def _half_step_back(
     block: PhysFormerBlock,
-    sublayer: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
+    sublayer: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]],
     changed: Tensor,
     grad_changed: Tensor,
     read: Tensor,
@@ -114,10 +114,10 @@ def _half_step_back(
     assert block.form.inverse is not None
     read = read.detach().requires_grad_()
     with torch.enable_grad():
-        output = sublayer(read, block.modulate(leaves[0]))
+        output, gate = sublayer(read, block.modulate(leaves[0]))
         # Detached, for the last block's result is this function's own: its graph would lead back here without end.
-        before = block.form.inverse(changed.detach(), output.detach()).requires_grad_()
-        after = block.update(before, output)
+        before = block.form.inverse(changed.detach(), (gate * output).detach()).requires_grad_()
+        after = block.update(before, output, gate)
     wanted = [before, read, *leaves]
     grad_before, grad_read, *rest = torch.autograd.grad(after, wanted, grad_changed, allow_unused=True)
     return before.detach(), grad_before, grad_read, tuple(rest)

@@ -24,11 +24,11 @@ from physformer_core.errors import ConfigError
 from physformer_core.model.attention import (
     BACKENDS,
     FLAT_SIGMA,
+    NORM_EPSILON,
     AttentionPlan,
     Backend,
     PhysFormerAttention,
     TextKeyValue,
-    inverse_rms,
     plan_attention,
 )
 from physformer_core.model.geometry import (
@@ -37,8 +37,9 @@ from physformer_core.model.geometry import (
     place_coordinates,
     rotary_angles,
 )
+from physformer_core.model.native import ops as native
 from physformer_core.model.reversible import run_reversibly
-from physformer_core.model.updates import ResidualForm, residual_form
+from physformer_core.model.updates import OPPOSED, TINY, ResidualForm, renormalized_update, residual_form
 
 FEED_FORWARD_CHUNK = 2048
 """Tokens that pass through a feed-forward at once without gradients, so that its hidden layer stays in cache."""
@@ -68,8 +69,11 @@ class PhysFormerFeedForward(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        gate, up = self.gate_up(hidden_states).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate).mul_(up))
+        gate_up = self.gate_up(hidden_states)
+        if native.takes(gate_up):
+            return self.down(native.gated_linear(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
 
 
 class PhysFormerTextBlock(nn.Module):
@@ -124,11 +128,11 @@ class PhysFormerBlock(nn.Module):
 
     def normed(self, hidden_states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """RMS norm and modulation, in the dtype of the weights."""
-        if torch.is_grad_enabled():
-            normed = F.rms_norm(hidden_states, (hidden_states.shape[-1],), None, 1e-6)
+        if native.takes(hidden_states):
+            normed = native.norm_modulate(hidden_states, scale, shift, NORM_EPSILON)
+        else:
+            normed = F.rms_norm(hidden_states, (hidden_states.shape[-1],), None, NORM_EPSILON)
             normed = normed * (1 + scale) + shift
-        else:  # the same in fewer passes over memory
-            normed = (hidden_states * inverse_rms(hidden_states)).mul_(1 + scale).add_(shift)
         return normed.to(self.feed_forward.down.weight.dtype)
 
     def modulate(self, temb: Tensor) -> tuple[Tensor, ...]:
@@ -137,19 +141,21 @@ class PhysFormerBlock(nn.Module):
 
     def attend(
         self, hidden_states: Tensor, modulation: tuple[Tensor, ...], text: TextKeyValue | None, plan: AttentionPlan
-    ) -> Tensor:
-        """The gated output of attention on tokens [B, N, dim]."""
+    ) -> tuple[Tensor, Tensor]:
+        """The output of attention on tokens [B, N, dim], and its gate."""
         shift, scale, gate = modulation[:3]
-        return gate * self.attn(self.normed(hidden_states, scale, shift), text, plan)
+        return self.attn(self.normed(hidden_states, scale, shift), text, plan), gate
 
-    def feed(self, hidden_states: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        """The gated output of the feed-forward on tokens [B, N, dim]."""
+    def feed(self, hidden_states: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The output of the feed-forward on tokens [B, N, dim], and its gate."""
         shift, scale, gate = modulation[3:]
-        return gate * self.feed_forward(self.normed(hidden_states, scale, shift))
+        return self.feed_forward(self.normed(hidden_states, scale, shift)), gate
 
-    def update(self, hidden_states: Tensor, output: Tensor) -> Tensor:
-        """Applies a gated output to float32 tokens [B, N, dim]."""
-        return self.form.apply(hidden_states, output, self.attn.heads)
+    def update(self, hidden_states: Tensor, output: Tensor, gate: Tensor) -> Tensor:
+        """Applies a sublayer's output to float32 tokens [B, N, dim] through its gate [B, 1, dim]."""
+        if self.form.update is renormalized_update and native.takes(hidden_states, output):
+            return native.renormalized_update(hidden_states, output, gate, TINY, OPPOSED)
+        return self.form.apply(hidden_states, gate * output, self.attn.heads)
 
     def forward(
         self,
@@ -162,14 +168,14 @@ class PhysFormerBlock(nn.Module):
         modulation = self.modulate(temb)
         # With two streams q and p, each sublayer reads one and changes the other; with one, they are the same.
         q, p = streams[0], streams[-1]
-        q = self.update(q, self.attend(p, modulation, text, plan))
+        q = self.update(q, *self.attend(p, modulation, text, plan))
         changed = p if self.form.streams == 2 else q
         if torch.is_grad_enabled() or q.shape[1] <= FEED_FORWARD_CHUNK:
-            p = self.update(changed, self.feed(q, modulation))
+            p = self.update(changed, *self.feed(q, modulation))
         else:
             size = max(FEED_FORWARD_CHUNK, -(-q.shape[1] // _COMPILED_CHUNKS) if torch.compiler.is_compiling() else 0)
             chunks = zip(changed.split(size, dim=1), q.split(size, dim=1), strict=True)
-            p = torch.cat([self.update(chunk, self.feed(read, modulation)) for chunk, read in chunks], dim=1)
+            p = torch.cat([self.update(part, *self.feed(read, modulation)) for part, read in chunks], dim=1)
         return (q, p) if self.form.streams == 2 else (p,)
 
 

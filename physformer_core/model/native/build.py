@@ -1,0 +1,111 @@
+"""Kernels in C: compiled once on the machine that runs them, and kept in the cache folder.
+
+A compiler that is there anyway (cc, gcc, clang, or what CC names) with OpenMP is enough; without one everything runs in
+torch, which `physformer doctor` says. The library's name holds a hash of the source, the flags, the compiler and the
+processor, so that a folder that several machines share serves each of them, and nothing stale is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from physformer_core.errors import OutputError
+from physformer_core.files import atomic_write, cache_folder
+
+SOURCE = Path(__file__).with_name("kernels.c")
+
+SWITCH = "PHYSFORMER_NATIVE"
+"""Environment variable that leaves the kernels out where it is 0."""
+
+# Fused multiply-adds, but no reordering of sums: the same source gives the same bytes with any number of threads.
+_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+
+_COMPILE_SECONDS = 120
+
+_F, _P, _I, _L = ctypes.c_float, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+
+_ARGUMENTS = {
+    "norm_modulate": (_P, _P, _P, _P, _L, _L, _I, _F, _I),
+    "renormalized_update": (_P, _P, _P, _P, _L, _L, _I, _F, _F, _I),
+    "norm_rotate": (_P, _P, _P, _P, _L, _L, _I, _I, _I, _F, _I),
+    "gated_linear": (_P, _P, _L, _I, _I),
+    "window_attention": (*(_P,) * 9, _L, *(_I,) * 11),
+    "window_scratch": (_I,) * 4,
+}
+
+
+class Unavailable(Exception):
+    """Why there are no kernels, in a few words."""
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The compiled kernels, compiled now if they were not yet.
+
+    Raises:
+        Unavailable: They are switched off, or cannot be compiled, kept or loaded.
+    """
+    if os.environ.get(SWITCH, "1") == "0":
+        raise Unavailable(f"{SWITCH}=0 leaves them out")
+    compiler = _compiler()
+    flags = [*_FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
+    version = _run([*compiler, "--version"]).splitlines()[:1]
+    parts = [SOURCE.read_text(encoding="utf-8"), *flags, *compiler, *version, _processor()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    path = cache_folder() / "native" / f"kernels-{key}.so"
+    if not path.is_file():
+        try:
+            with atomic_write(path) as temporary:
+                _run([*compiler, *flags, str(SOURCE), "-o", str(temporary), "-lm"])
+        except OutputError as error:
+            raise Unavailable(f"they cannot be kept: {error.message}") from error
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, arguments in _ARGUMENTS.items():
+            getattr(library, name).argtypes, getattr(library, name).restype = arguments, None
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"{path} cannot be loaded: {error}") from error
+    library.window_scratch.restype = _L
+    return library
+
+
+def _compiler() -> list[str]:
+    if sys.platform == "win32":
+        raise Unavailable("they are not made for Windows")
+    asked = os.environ.get("CC")
+    if asked:
+        return shlex.split(asked)
+    for name in ("cc", "gcc", "clang"):
+        if (found := shutil.which(name)) is not None:
+            return [found]
+    raise Unavailable("there is no C compiler, for example: apt install gcc")
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"the C compiler does not run: {error}") from error
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
+        raise Unavailable(f"{command[0]} cannot compile them: {errors[0].strip()}")
+    return done.stdout
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in text.splitlines() if line.startswith(wanted)}))
