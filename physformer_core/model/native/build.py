@@ -39,7 +39,7 @@ _ARGUMENTS = {
     "norm_rotate": (_P, _P, _P, _P, _L, _L, _I, _I, _I, _F, _I),
     "gated_linear": (_P, _P, _L, _I, _I),
     "window_attention": (*(_P,) * 9, _L, *(_I,) * 11),
-    "window_scratch": (_I,) * 4,
+    "window_scratch": (_I,) * 5,
 }
 
 

@@ -11,20 +11,20 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Numbers to a register, and how many keys and dimensions of values are worked on at once: as many as there are registers
- * for their sums. */
+/* Numbers to a register, and how many keys, or rows of weights, are worked on at once: as many as there are registers for
+ * two sums of each. */
 #if defined(__AVX512F__)
 #define LANES 16
 #define KEYS 12
-#define DIMS 8
+#define ROWS 8
 #elif defined(__AVX__)
 #define LANES 8
 #define KEYS 4
-#define DIMS 4
+#define ROWS 4
 #else
 #define LANES 4
 #define KEYS 12
-#define DIMS 8
+#define ROWS 8
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -36,9 +36,12 @@ static inline vec load(const float *from) { return *(const vec *)from; }
 static inline void store(float *to, vec v) { *(vec *)to = v; }
 
 static inline float sum_of(vec v) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += v[i];
-    return sum;
+    float sums[LANES];
+    store(sums, v);
+    for (int width = LANES / 2; width; width /= 2) {
+        for (int i = 0; i < width; i++) sums[i] += sums[i + width];
+    }
+    return sums[0];
 }
 
 static inline vec larger(vec a, vec b) {
@@ -144,6 +147,7 @@ void gated_linear(const float *gate_up, float *out, int64_t rows, int hidden, in
 
 #define GEOMETRY 4 /* dimensions beside the content: y, x, squared distance or altitude, constant */
 #define GROUP (2 * LANES) /* queries that are worked on together, one to a lane */
+#define CHUNK 96          /* keys whose weights and values stay in the first-level cache together */
 
 typedef struct {
     int64_t batch;
@@ -156,18 +160,20 @@ typedef struct {
     float *query;        /* [depth, GROUP] */
     float *logits;       /* [keys, GROUP] */
     float *geometry;     /* [keys, GEOMETRY] */
+    float *read;         /* [GROUP, dim] */
     const float **key;   /* [keys] pointers to `content` numbers each */
     const float **value; /* [keys] pointers to `dim` numbers each */
 } workspace;
 
 /* The logits of a group, and for each query the largest. */
-static void group_logits(const workspace *s, int content, int keys, vec most[2]) {
+static void group_logits(const workspace *s, int content, int dim, int keys, vec most[2]) {
     most[0] = most[1] = all(-INFINITY);
     for (int j = 0; j < keys; j += KEYS) {
         vec a[KEYS], b[KEYS];
         const float *key[KEYS], *geometry[KEYS];
         for (int r = 0; r < KEYS; r++) {
             int at = j + r < keys ? j + r : keys - 1; /* beyond the last it is the last again */
+            for (int d = 0; d < dim; d += 16) __builtin_prefetch(s->value[at] + d); /* wanted next, and far apart */
             key[r] = s->key[at], geometry[r] = s->geometry + GEOMETRY * at;
             a[r] = b[r] = all(0);
         }
@@ -190,10 +196,9 @@ static void group_logits(const workspace *s, int content, int keys, vec most[2])
     }
 }
 
-/* Logits become weights that are yet to be divided by their sums. */
-static void group_weights(const workspace *s, int keys, const vec most[2], vec sums[2]) {
-    sums[0] = sums[1] = all(0);
-    for (int j = 0; j < keys; j++) {
+/* Logits of keys [from, to) become weights that are yet to be divided by their sums. */
+static void group_weights(const workspace *s, int from, int to, const vec most[2], vec sums[2]) {
+    for (int j = from; j < to; j++) {
         float *at = s->logits + j * GROUP;
         vec one = exponential(load(at) - most[0]), two = exponential(load(at + LANES) - most[1]);
         sums[0] += one, sums[1] += two;
@@ -202,26 +207,38 @@ static void group_weights(const workspace *s, int keys, const vec most[2], vec s
     }
 }
 
-/* The weighed means of values: out[i] points to the `dim` numbers of query i. */
-static void group_values(const workspace *s, int dim, int keys, const vec sums[2], float *const *out, int queries) {
-    vec scale[2] = {1.0f / sums[0], 1.0f / sums[1]};
-    for (int d = 0; d < dim; d += DIMS) {
-        vec a[DIMS], b[DIMS];
-        int count = dim - d < DIMS ? dim - d : DIMS, at = count < DIMS ? dim - DIMS : d;
-        for (int r = 0; r < DIMS; r++) a[r] = b[r] = all(0);
-        for (int j = 0; j < keys; j++) {
-            const float *value = s->value[j] + at;
-            vec one = load(s->logits + j * GROUP), two = load(s->logits + j * GROUP + LANES);
+/* Adds the weighed values of keys [from, to) to `s->read`. Here lanes are dimensions. */
+static void group_values(const workspace *s, int dim, int from, int to) {
+    for (int i = 0; i < GROUP; i += ROWS) {
+        const float *weights = s->logits + i;
+        float *read = s->read + i * dim;
+        int d = 0;
+        for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+            vec a[ROWS], b[ROWS];
+            for (int r = 0; r < ROWS; r++) a[r] = load(read + r * dim + d), b[r] = load(read + r * dim + d + LANES);
+            for (int j = from; j < to; j++) {
+                vec one = load(s->value[j] + d), two = load(s->value[j] + d + LANES);
 #pragma GCC unroll 16
-            for (int r = 0; r < DIMS; r++) a[r] += one * value[r], b[r] += two * value[r];
+                for (int r = 0; r < ROWS; r++) {
+                    a[r] += one * weights[j * GROUP + r], b[r] += two * weights[j * GROUP + r];
+                }
+            }
+            for (int r = 0; r < ROWS; r++) {
+                store(read + r * dim + d, a[r]);
+                store(read + r * dim + d + LANES, b[r]);
+            }
         }
-        float turned[DIMS * GROUP];
-        for (int r = 0; r < DIMS; r++) {
-            store(turned + r * GROUP, a[r] * scale[0]);
-            store(turned + r * GROUP + LANES, b[r] * scale[1]);
-        }
-        for (int i = 0; i < queries; i++) {
-            for (int r = 0; r < DIMS; r++) out[i][at + r] = turned[r * GROUP + i];
+        for (; d < dim; d += LANES) {
+            int at = d + LANES <= dim ? d : dim - LANES; /* the last may overlap: what both have, it has once more */
+            vec a[ROWS], keep = all(0);
+            for (int lane = 0; lane < LANES; lane++) keep[lane] = at + lane < d ? 0.0f : 1.0f;
+            for (int r = 0; r < ROWS; r++) a[r] = load(read + r * dim + at);
+            for (int j = from; j < to; j++) {
+                vec one = load(s->value[j] + at) * keep;
+#pragma GCC unroll 16
+                for (int r = 0; r < ROWS; r++) a[r] += one * weights[j * GROUP + r];
+            }
+            for (int r = 0; r < ROWS; r++) store(read + r * dim + at, a[r]);
         }
     }
 }
@@ -264,8 +281,8 @@ static void attend_block(const field *f, const float *query, const float *key, c
     int across = right - left, count = (bottom - top) * across;
     for (int i = 0; i < count; i += GROUP) {
         int queries = at_most(GROUP, count - i);
-        float *rows[GROUP];
-        vec most[2], sums[2];
+        float *rows[GROUP], scale[GROUP];
+        vec most[2], sums[2] = {{0}, {0}};
         for (int r = 0; r < GROUP; r++) {
             int at = i + at_most(r, queries - 1), y = top + at / across, x = left + at % across;
             int64_t place = ((picture * f->height + y) * f->width + x) * f->heads + head;
@@ -277,17 +294,26 @@ static void attend_block(const field *f, const float *query, const float *key, c
             to[3 * GROUP] = -0.5f * (dy * dy + dx * dx) * inverse;
             rows[r] = out + place * f->dim;
         }
-        group_logits(s, f->content, keys, most);
-        group_weights(s, keys, most, sums);
-        group_values(s, f->dim, keys, sums, rows, queries);
+        group_logits(s, f->content, f->dim, keys, most);
+        memset(s->read, 0, GROUP * f->dim * sizeof(float));
+        for (int from = 0; from < keys; from += CHUNK) {
+            int to = at_most(from + CHUNK, keys);
+            group_weights(s, from, to, most, sums);
+            group_values(s, f->dim, from, to);
+        }
+        store(scale, 1.0f / sums[0]);
+        store(scale + LANES, 1.0f / sums[1]);
+        for (int r = 0; r < queries; r++) {
+            for (int d = 0; d < f->dim; d++) rows[r][d] = s->read[r * f->dim + d] * scale[r];
+        }
     }
 }
 
 /* Bytes that each thread needs in `scratch`, which is aligned to 64. */
-int64_t window_scratch(int content, int text, int block, int radius) {
+int64_t window_scratch(int content, int dim, int text, int block, int radius) {
     int64_t across = block + 2 * radius, keys = across * across + text;
-    int64_t floats = (content + GEOMETRY) * GROUP + keys * (GROUP + GEOMETRY);
-    return (floats * sizeof(float) + 63) / 64 * 64 + (2 * keys * sizeof(float *) + 63) / 64 * 64;
+    int64_t floats = (content + GEOMETRY + dim) * GROUP + keys * (GROUP + GEOMETRY);
+    return (floats * sizeof(float) + 2 * keys * sizeof(float *) + 127) / 64 * 64;
 }
 
 void window_attention(const float *query, const float *key, const float *value, const float *text_key,
@@ -296,15 +322,16 @@ void window_attention(const float *query, const float *key, const float *value, 
                       int radius, int lead_y, int lead_x, int threads) {
     field f = {batch, height, width, heads, content, dim, text, block, radius, lead_y, lead_x};
     int blocks_y = (lead_y + height + block - 1) / block, blocks_x = (lead_x + width + block - 1) / block;
-    int64_t tasks = batch * blocks_y * blocks_x, each = window_scratch(content, text, block, radius);
+    int64_t tasks = batch * blocks_y * blocks_x, each = window_scratch(content, dim, text, block, radius);
     int64_t keys = (int64_t)(block + 2 * radius) * (block + 2 * radius) + text;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t task = 0; task < tasks; task++) {
         char *memory = scratch + each * omp_get_thread_num();
         workspace s = {.query = (float *)memory};
         s.logits = s.query + (content + GEOMETRY) * GROUP;
-        s.geometry = s.logits + keys * GROUP;
+        s.read = s.logits + keys * GROUP;
         s.key = (const float **)(memory + each - (2 * keys * sizeof(float *) + 63) / 64 * 64);
+        s.geometry = s.read + dim * GROUP;
         s.value = s.key + keys;
         int place = (int)(task % (blocks_y * blocks_x));
         /* Heads of a block follow each other: they share the lines of memory that its window is in. */

@@ -135,7 +135,9 @@ def window_attention(
     pairs = [torch.empty(0) if t is None else t.contiguous() for t in (text_key, text_value)]
     drift, sigma, out = drift_hc.contiguous(), sigma_h.contiguous(), torch.empty(value.shape)
     library, threads = load_library(), _threads()
-    scratch = torch.empty(threads * library.window_scratch(content, text, grid.block, grid.radius), dtype=torch.uint8)
+    scratch = torch.empty(
+        threads * library.window_scratch(content, dim, text, grid.block, grid.radius), dtype=torch.uint8
+    )
     library.window_attention(
         *_pointers(query, key, value, *pairs, drift, sigma, out, scratch),
         *(batch, grid.height, grid.width, heads, content, dim, text, grid.block, grid.radius, *grid.lead, threads),
@@ -171,7 +173,12 @@ def _verified() -> bool:
         turned = torch.cat([rotate_pairs(turning, angle.cos(), angle.sin()), still], dim=-1)
         norm_rotate_(content, gain, angle.cos(), angle.sin(), 1e-6)
         query, key, text_key = 0.3 * normal(2, 77, 2, 9), normal(2, 77, 2, 9), normal(2, 2, 3, 17)
-        value, text_value, drift, sigma = normal(2, 77, 2, 17), normal(2, 2, 3, 17), normal(2, 2), torch.tensor([0.8, 2])
+        value, text_value, drift, sigma = (
+            normal(2, 77, 2, 17),
+            normal(2, 2, 3, 17),
+            normal(2, 2),
+            torch.tensor([0.8, 2]),
+        )
         grid = BlockGrid(height=7, width=11, block=4, radius=2, shift=2)
         places = window_coordinates(7, 11).reshape(-1, 2)
         logits = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) + kernel_logits(places, places, drift, sigma)
