@@ -15,8 +15,8 @@ Backends, all with the signature of `reference_attention`:
 * ``native``: the same blocks in C, without copies of windows: float32 on a CPU; see `physformer_core.model.native`.
 * ``flex``: one fused kernel, on CUDA alone; see `physformer_core.model.flex`.
 
-``auto`` takes ``dense`` up to `DENSE_TOKENS`, above that ``halo``; without gradients ``native`` instead where it can
-run, and on CUDA ``flex`` from `FLEX_TOKENS`, each where its kernel passes its own test. All return the same picture.
+``auto`` takes ``native`` where it can run, elsewhere ``dense`` up to `DENSE_TOKENS` and above that ``halo``, and
+on CUDA without gradients ``flex`` from `FLEX_TOKENS` where its kernel passes its own test. All return the same picture.
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ def plan_attention(grid: BlockGrid, backend: Backend, cos: Tensor, sin: Tensor, 
     longest = max(grid.height, grid.width)
     if backend == "auto":
         small = grid.height * grid.width <= DENSE_TOKENS and longest <= MAX_WINDOW
-        backend = "dense" if small else _without_limit(grid, cos.device, dtype)
+        if why_no_native(cos.device, dtype) is None:
+            backend = "native"
+        else:
+            backend = "dense" if small else "flex" if _takes_flex(grid, cos.device) else "halo"
     elif backend in ("flex", "native"):
         reason = why_no_flex(cos.device) if backend == "flex" else why_no_native(cos.device, dtype)
         if reason is not None:
@@ -130,19 +133,14 @@ def why_no_native(device: torch.device, dtype: torch.dtype) -> str | None:
         return "its kernels are for CPUs"
     if dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return "its kernels are for float32"
-    if torch.is_grad_enabled():
-        return "its kernels have no gradients"
     return native.why_not()
 
 
-def _without_limit(grid: BlockGrid, device: torch.device, dtype: torch.dtype) -> Literal["halo", "native", "flex"]:
-    """The fastest backend here whose cost is linear. Not ``flex`` with gradients: those of drift and width go through
-    it untested."""
-    if device.type == "cpu":
-        return "halo" if why_no_native(device, dtype) else "native"
+def _takes_flex(grid: BlockGrid, device: torch.device) -> bool:
+    """Whether ``auto`` takes ``flex``. Not with gradients: those of drift and width go through it untested."""
     if device.type != "cuda" or grid.height * grid.width < FLEX_TOKENS or torch.is_grad_enabled():
-        return "halo"
-    return "flex" if why_no_flex(device) is None and flex_verified(device) else "halo"
+        return False
+    return why_no_flex(device) is None and flex_verified(device)
 
 
 @dataclass(frozen=True)
@@ -396,9 +394,9 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
         key = self.to_k(hidden_states).unflatten(-1, (self.heads, -1))
         value = self.to_v(hidden_states).unflatten(-1, (self.heads, -1))
         if native.takes(query):
-            native.norm_rotate_(query, self.norm_q.weight * self.content_dim**-0.5, cos, sin, NORM_EPSILON)
-            native.norm_rotate_(key, self.norm_k.weight, cos, sin, NORM_EPSILON)
-            return query, key, value
+            gain = self.norm_q.weight * self.content_dim**-0.5
+            query = native.norm_rotate(query, gain, cos, sin, NORM_EPSILON)
+            return query, native.norm_rotate(key, self.norm_k.weight, cos, sin, NORM_EPSILON), value
         query, key = self.norm_q(query) * self.content_dim**-0.5, self.norm_k(key)
         # CUDA's autocast norms in float32. The geometry must be split for the dtype that attention will run in.
         query, key = query.to(value.dtype), key.to(value.dtype)

@@ -21,7 +21,7 @@ from pathlib import Path
 from physformer_core.errors import OutputError
 from physformer_core.files import atomic_write, cache_folder
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = ("attention.c", "tokens.c", "vectors.h")
 
 SWITCH = "PHYSFORMER_NATIVE"
 """Environment variable that leaves the kernels out where it is 0."""
@@ -34,13 +34,20 @@ _COMPILE_SECONDS = 120
 _F, _P, _I, _L = ctypes.c_float, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 _ARGUMENTS = {
-    "norm_modulate": (_P, _P, _P, _P, _L, _L, _I, _F, _I),
-    "renormalized_update": (_P, _P, _P, _P, _L, _L, _I, _F, _F, _I),
-    "norm_rotate": (_P, _P, _P, _P, _L, _L, _I, _I, _I, _F, _I),
+    "tokens_in_a_part": (),
+    "norm_modulate": (*(_P,) * 4, _L, _L, _I, _F, _I),
+    "norm_modulate_back": (*(_P,) * 6, _L, _L, _I, _F, _I),
+    "renormalized_update": (*(_P,) * 4, _L, _L, _I, _F, _F, _I),
+    "renormalized_update_back": (*(_P,) * 7, _L, _L, _I, _F, _F, _I),
+    "norm_rotate": (*(_P,) * 5, _L, _L, _I, _I, _I, _F, _I),
+    "norm_rotate_back": (*(_P,) * 7, _L, _L, _I, _I, _I, _F, _I),
     "gated_linear": (_P, _P, _L, _I, _I),
-    "window_attention": (*(_P,) * 9, _L, *(_I,) * 11),
+    "gated_linear_back": (_P, _P, _P, _L, _I, _I),
+    "window_attention": (*(_P,) * 10, _L, *(_I,) * 11),
+    "window_attention_back": (*(_P,) * 18, _L, *(_I,) * 11),
     "window_scratch": (_I,) * 5,
 }
+_RESULTS = {"window_scratch": _L, "tokens_in_a_part": _I}
 
 
 class Unavailable(Exception):
@@ -59,22 +66,24 @@ def load_library() -> ctypes.CDLL:
     compiler = _compiler()
     flags = [*_FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
     version = _run([*compiler, "--version"]).splitlines()[:1]
-    parts = [SOURCE.read_text(encoding="utf-8"), *flags, *compiler, *version, _processor()]
+    folder = Path(__file__).parent
+    sources = [(folder / name).read_text(encoding="utf-8") for name in SOURCES]
+    parts = [*sources, *flags, *compiler, *version, _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     path = cache_folder() / "native" / f"kernels-{key}.so"
     if not path.is_file():
         try:
             with atomic_write(path) as temporary:
-                _run([*compiler, *flags, str(SOURCE), "-o", str(temporary), "-lm"])
+                units = [str(folder / name) for name in SOURCES if name.endswith(".c")]
+                _run([*compiler, *flags, *units, "-o", str(temporary), "-lm"])
         except OutputError as error:
             raise Unavailable(f"they cannot be kept: {error.message}") from error
     try:
         library = ctypes.CDLL(str(path))
         for name, arguments in _ARGUMENTS.items():
-            getattr(library, name).argtypes, getattr(library, name).restype = arguments, None
+            getattr(library, name).argtypes, getattr(library, name).restype = arguments, _RESULTS.get(name)
     except (OSError, AttributeError) as error:
         raise Unavailable(f"{path} cannot be loaded: {error}") from error
-    library.window_scratch.restype = _L
     return library
 
 

@@ -1,32 +1,27 @@
-"""The kernels of kernels.c on tensors: float32 on a CPU, without gradients. Each names what it is equal to in torch."""
+"""The kernels in C on tensors, with their gradients: float32 on a CPU. Each names what it is equal to in torch."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from physformer_core.model.geometry import (
-    GEOMETRY_DIM,
-    BlockGrid,
-    kernel_logits,
-    rotate_pairs,
-    same_window,
-    window_coordinates,
-)
+from physformer_core.model.geometry import GEOMETRY_DIM, BlockGrid
 from physformer_core.model.native.build import Unavailable, load_library
-
-_PROBE_TOLERANCE = 1e-5
 
 
 def why_not() -> str | None:
     """Why the kernels cannot run here, in a few words, or None if they can."""
+    from physformer_core.model.native.probe import verified
+
     try:
         load_library()
     except Unavailable as reason:
         return str(reason)
-    return None if _verified() else "compiled, they fail their own test on this processor"
+    return None if verified() else "compiled, they fail their own test on this processor"
 
 
 @functools.cache
@@ -36,9 +31,9 @@ def available() -> bool:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether these tensors can be worked on here and now: float32 on a CPU, without gradients, not while a graph is
-    compiled, and with kernels that can run."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """Whether these tensors can be worked on here and now: float32 on a CPU, not while a graph is compiled, and with
+    kernels that can run."""
+    if torch.compiler.is_compiling():
         return False
     return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and available()
 
@@ -51,12 +46,7 @@ def norm_modulate(hidden_states: Tensor, scale: Tensor, shift: Tensor, epsilon: 
         scale, shift: [B, 1, dim].
         epsilon: Added to the mean square.
     """
-    h, out = hidden_states.contiguous(), torch.empty(hidden_states.shape)
-    batch, tokens, dim = h.shape
-    load_library().norm_modulate(
-        *_pointers(h, scale.contiguous(), shift.contiguous(), out), batch, tokens, dim, epsilon, _threads()
-    )
-    return out
+    return _NormModulate.apply(hidden_states, scale, shift, epsilon)
 
 
 def renormalized_update(hidden_states: Tensor, output: Tensor, gate: Tensor, tiny: float, opposed: float) -> Tensor:
@@ -68,39 +58,24 @@ def renormalized_update(hidden_states: Tensor, output: Tensor, gate: Tensor, tin
         tiny: Energy below which a token stays.
         opposed: Share of its energy below which what the sum has left points nowhere, so that it stays.
     """
-    h, out = hidden_states.contiguous(), torch.empty(hidden_states.shape)
-    batch, tokens, dim = h.shape
-    load_library().renormalized_update(
-        *_pointers(h, output.contiguous(), gate.contiguous(), out), batch, tokens, dim, tiny, opposed, _threads()
-    )
-    return out
+    return _RenormalizedUpdate.apply(hidden_states, output, gate, tiny, opposed)
 
 
-def norm_rotate_(content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> None:
-    """Norms each head and turns its first dimensions, in place: ``rotate_pairs(rms_norm(content) * gain, cos, sin)``.
+def norm_rotate(content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
+    """Norms each head and turns its first dimensions: ``rotate_pairs(rms_norm(content) * gain, cos, sin)``.
 
     Args:
-        content: [B, N, heads, dim], contiguous.
+        content: [B, N, heads, dim].
         gain: [dim].
-        cos, sin: [1, N, 1, turning / 2].
+        cos, sin: [1, N, 1, turning / 2], without gradients.
         epsilon: Added to the mean square.
     """
-    assert content.is_contiguous()
-    batch, tokens, heads, dim = content.shape
-    cos, sin = cos.contiguous(), sin.contiguous()
-    load_library().norm_rotate(
-        *_pointers(content, gain.contiguous(), cos, sin),
-        *(batch, tokens, heads, dim, 2 * cos.shape[-1], epsilon, _threads()),
-    )
+    return _NormRotate.apply(content, gain, cos, sin, epsilon)
 
 
 def gated_linear(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of [..., 2 * hidden] -> [..., hidden]."""
-    gate_up = gate_up.contiguous()
-    hidden = gate_up.shape[-1] // 2
-    out = torch.empty((*gate_up.shape[:-1], hidden))
-    load_library().gated_linear(*_pointers(gate_up, out), out.numel() // hidden, hidden, _threads())
-    return out
+    return _GatedLinear.apply(gate_up)
 
 
 def window_attention(
@@ -115,6 +90,8 @@ def window_attention(
 ) -> Tensor:
     """Blocks of queries against their windows and the text, of which nothing is copied and no logits are kept.
 
+    Of a text key's geometry only the third pair's first number is read, the altitude, and only that has a gradient.
+
     Args:
         query, key: [B, N, heads, d_c] content in row order, the query already divided by sqrt(d_c).
         value: [B, N, heads, head_dim].
@@ -127,22 +104,11 @@ def window_attention(
     Returns:
         [B, N, heads, head_dim], what `model.attention.reference_attention` returns.
     """
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     batch, _, heads, content = query.shape
-    dim = value.shape[-1]
-    assert dim == content + GEOMETRY_DIM
-    text = 0 if text_key is None else text_key.shape[2]
-    pairs = [torch.empty(0) if t is None else t.contiguous() for t in (text_key, text_value)]
-    drift, sigma, out = drift_hc.contiguous(), sigma_h.contiguous(), torch.empty(value.shape)
-    library, threads = load_library(), _threads()
-    scratch = torch.empty(
-        threads * library.window_scratch(content, dim, text, grid.block, grid.radius), dtype=torch.uint8
-    )
-    library.window_attention(
-        *_pointers(query, key, value, *pairs, drift, sigma, out, scratch),
-        *(batch, grid.height, grid.width, heads, content, dim, text, grid.block, grid.radius, *grid.lead, threads),
-    )
-    return out
+    assert value.shape[-1] == content + GEOMETRY_DIM
+    if text_key is None or text_value is None:
+        text_key = text_value = value.new_empty(batch, heads, 0, value.shape[-1])
+    return _WindowAttention.apply(query, key, value, text_key, text_value, drift_hc, sigma_h, grid)
 
 
 def _pointers(*tensors: Tensor) -> list[int]:
@@ -153,43 +119,124 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-@functools.cache
-def _verified() -> bool:
-    """Whether every kernel gives what torch gives, tried once per process on small tensors of awkward sizes."""
-    generator = torch.Generator().manual_seed(0)
+def _parts(tokens: int) -> int:
+    return -(-tokens // load_library().tokens_in_a_part())
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
 
-    def norm(x: Tensor) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+class _NormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
+        h, scale, shift = h.contiguous(), scale.contiguous(), shift.contiguous()
+        out = torch.empty_like(h)
+        load_library().norm_modulate(*_pointers(h, scale, shift, out), *h.shape, epsilon, _threads())
+        ctx.save_for_backward(h, scale)
+        ctx.epsilon = epsilon
+        return out
 
-    with torch.no_grad():
-        h, f, scale, shift = normal(2, 5, 37), normal(2, 5, 37), normal(2, 1, 37), normal(2, 1, 37)
-        total = h + scale * f
-        back = h.norm(dim=-1, keepdim=True) / total.norm(dim=-1, keepdim=True)
-        content, gain, angle = normal(2, 5, 3, 22), normal(22), normal(1, 5, 1, 4)
-        turning, still = (norm(content) * gain).split([8, 14], dim=-1)
-        turned = torch.cat([rotate_pairs(turning, angle.cos(), angle.sin()), still], dim=-1)
-        norm_rotate_(content, gain, angle.cos(), angle.sin(), 1e-6)
-        query, key, text_key = 0.3 * normal(2, 77, 2, 9), normal(2, 77, 2, 9), normal(2, 2, 3, 17)
-        value, text_value, drift, sigma = (
-            normal(2, 77, 2, 17),
-            normal(2, 2, 3, 17),
-            normal(2, 2),
-            torch.tensor([0.8, 2]),
-        )
-        grid = BlockGrid(height=7, width=11, block=4, radius=2, shift=2)
-        places = window_coordinates(7, 11).reshape(-1, 2)
-        logits = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) + kernel_logits(places, places, drift, sigma)
-        told = query.transpose(1, 2) @ text_key[..., :9].mT + (text_key[..., 13] / sigma.square()[:, None])[:, :, None]
-        logits = torch.cat([logits.masked_fill(~same_window(grid), -torch.inf), told], dim=-1)
-        read = logits.softmax(-1) @ torch.cat([value.transpose(1, 2), text_value], dim=2)
-        pairs = [
-            (norm_modulate(h, scale, shift, 1e-6), norm(h) * (1 + scale) + shift),
-            (renormalized_update(h, f, scale, 0.0, 0.0), back * total),
-            (gated_linear(h[..., :36]), torch.nn.functional.silu(h[..., :18]) * h[..., 18:36]),
-            (content, turned),
-            (window_attention(query, key, value, text_key, text_value, drift, sigma, grid), read.transpose(1, 2)),
-        ]
-        return all(bool((found - wanted).abs().max() < _PROBE_TOLERANCE) for found, wanted in pairs)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, scale = ctx.saved_tensors
+        grad, of_h = grad.contiguous(), torch.empty_like(h)
+        of_scale, of_shift = (h.new_empty(h.shape[0], _parts(h.shape[1]), h.shape[2]) for _ in range(2))
+        pointers = _pointers(grad, h, scale, of_h, of_scale, of_shift)
+        load_library().norm_modulate_back(*pointers, *h.shape, ctx.epsilon, _threads())
+        return of_h, of_scale.sum(1, keepdim=True), of_shift.sum(1, keepdim=True), None
+
+
+class _RenormalizedUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, output: Tensor, gate: Tensor, tiny: float, opposed: float) -> Tensor:
+        h, output, gate = h.contiguous(), output.contiguous(), gate.contiguous()
+        out = torch.empty_like(h)
+        load_library().renormalized_update(*_pointers(h, output, gate, out), *h.shape, tiny, opposed, _threads())
+        ctx.save_for_backward(h, output, gate)
+        ctx.limits = tiny, opposed
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        h, output, gate = ctx.saved_tensors
+        grad, of_h, of_output = grad.contiguous(), torch.empty_like(h), torch.empty_like(h)
+        of_gate = h.new_empty(h.shape[0], _parts(h.shape[1]), h.shape[2])
+        pointers = _pointers(grad, h, output, gate, of_h, of_output, of_gate)
+        load_library().renormalized_update_back(*pointers, *h.shape, *ctx.limits, _threads())
+        return of_h, of_output, of_gate.sum(1, keepdim=True), None, None
+
+
+class _NormRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
+        content, gain, cos, sin = content.contiguous(), gain.contiguous(), cos.contiguous(), sin.contiguous()
+        out = torch.empty_like(content)
+        pointers = _pointers(content, gain, cos, sin, out)
+        load_library().norm_rotate(*pointers, *content.shape, 2 * cos.shape[-1], epsilon, _threads())
+        ctx.save_for_backward(content, gain, cos, sin)
+        ctx.epsilon = epsilon
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        content, gain, cos, sin = ctx.saved_tensors
+        grad, of_content = grad.contiguous(), torch.empty_like(content)
+        of_gain = gain.new_empty(_parts(content.shape[0] * content.shape[1]), gain.shape[0])
+        pointers = _pointers(grad, content, gain, cos, sin, of_content, of_gain)
+        load_library().norm_rotate_back(*pointers, *content.shape, 2 * cos.shape[-1], ctx.epsilon, _threads())
+        return of_content, of_gain.sum(0), None, None, None
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate_up = gate_up.contiguous()
+        hidden = gate_up.shape[-1] // 2
+        out = gate_up.new_empty(*gate_up.shape[:-1], hidden)
+        load_library().gated_linear(*_pointers(gate_up, out), out.numel() // hidden, hidden, _threads())
+        ctx.save_for_backward(gate_up)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (gate_up,) = ctx.saved_tensors
+        grad, of_gate_up, hidden = grad.contiguous(), torch.empty_like(gate_up), gate_up.shape[-1] // 2
+        pointers = _pointers(grad, gate_up, of_gate_up)
+        load_library().gated_linear_back(*pointers, grad.numel() // hidden, hidden, _threads())
+        return of_gate_up
+
+
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        grid: BlockGrid = arguments[-1]
+        tensors = [t.contiguous() for t in arguments[:-1]]
+        value = tensors[2]
+        out, norm = torch.empty_like(value), value.new_empty(value.shape[:-1])
+        sizes, scratch = _sizes(tensors, grid)
+        load_library().window_attention(*_pointers(*tensors, out, norm, scratch), *sizes)
+        ctx.save_for_backward(*tensors, out, norm)
+        ctx.grid = grid
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *tensors, out, norm = ctx.saved_tensors
+        query, key, value, text_key, text_value, drift_hc, sigma_h = tensors
+        # Of drift and width every picture's own: a head of a picture is one thread's.
+        grads = [torch.empty_like(query), *map(torch.zeros_like, (key, value, text_key, text_value))]
+        grads += [t.new_zeros(query.shape[0], *t.shape) for t in (drift_hc, sigma_h)]
+        sizes, scratch = _sizes(tensors, ctx.grid)
+        pointers = _pointers(grad.contiguous(), *tensors, out, norm, *grads, scratch)
+        load_library().window_attention_back(*pointers, *sizes)
+        return *grads[:5], grads[5].sum(0), grads[6].sum(0), None
+
+
+def _sizes(tensors: list[Tensor], grid: BlockGrid) -> tuple[tuple[int, ...], Tensor]:
+    """The numbers that both directions of attention end with, and memory for their threads."""
+    (batch, _, heads, content), dim, text = tensors[0].shape, tensors[2].shape[-1], tensors[3].shape[2]
+    threads, shape = _threads(), (content, dim, text, grid.block, grid.radius)
+    scratch = torch.empty(threads * load_library().window_scratch(*shape), dtype=torch.uint8)
+    return (batch, grid.height, grid.width, heads, *shape, *grid.lead, threads), scratch

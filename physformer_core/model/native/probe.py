@@ -1,0 +1,100 @@
+"""Whether the compiled kernels give what torch gives: tried once per process, on small tensors of awkward sizes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from physformer_core.model.geometry import (
+    BlockGrid,
+    kernel_logits,
+    rotate_pairs,
+    same_window,
+    window_coordinates,
+)
+from physformer_core.model.native import ops
+
+_TOLERANCE = 1e-4
+
+Case = tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]
+
+
+@functools.cache
+def verified() -> bool:
+    """Whether every kernel's result and gradients are what torch's own operations give."""
+    with torch.enable_grad():
+        return all(_agree(*case) for case in cases())
+
+
+def _agree(kernel: Callable[..., Tensor], written: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> bool:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    found, wanted = kernel(*leaves), written(*leaves)
+    weights = torch.linspace(-1, 1, wanted.numel()).reshape(wanted.shape)
+    one, other = (torch.autograd.grad((result * weights).sum(), leaves) for result in (found, wanted))
+    pairs = [(found, wanted), *zip(one, other, strict=True)]
+    return all(bool((a - b).abs().max() <= _TOLERANCE * b.abs().max().clamp_min(1)) for a, b in pairs)
+
+
+def cases() -> list[Case]:
+    """Each kernel, the same in torch, and what both are given."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def norm(x: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+    def renormalized(h: Tensor, output: Tensor, gate: Tensor) -> Tensor:
+        total = h + gate * output
+        return h.norm(dim=-1, keepdim=True) / total.norm(dim=-1, keepdim=True) * total
+
+    angle = normal(1, 5, 1, 4)
+
+    def rotated(content: Tensor, gain: Tensor) -> Tensor:
+        turning, still = (norm(content) * gain).split([8, 14], dim=-1)
+        return torch.cat([rotate_pairs(turning, angle.cos(), angle.sin()), still], dim=-1)
+
+    def gated(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    grid = BlockGrid(height=7, width=11, block=4, radius=2, shift=2)
+    places = window_coordinates(7, 11).reshape(-1, 2)
+
+    def attended(q: Tensor, k: Tensor, v: Tensor, tk: Tensor, tv: Tensor, drift: Tensor, sigma: Tensor) -> Tensor:
+        content = q.shape[-1]
+        kernel = kernel_logits(places, places, drift, sigma).masked_fill(~same_window(grid), -torch.inf)
+        told = q.transpose(1, 2) @ tk[..., :content].mT + (tk[..., content + 4] / sigma.square()[:, None])[:, :, None]
+        logits = torch.cat([q.transpose(1, 2) @ k.permute(0, 2, 3, 1) + kernel, told], dim=-1)
+        return (logits.softmax(-1) @ torch.cat([v.transpose(1, 2), tv], dim=2)).transpose(1, 2)
+
+    def attention_inputs(content: int) -> tuple[Tensor, ...]:
+        dim = content + 8
+        tokens, text = (2, 77, 2), (2, 2, 3)
+        sides = normal(*tokens, content) * content**-0.5, normal(*tokens, content), normal(*tokens, dim)
+        return *sides, normal(*text, dim), normal(*text, dim), normal(2, 2), torch.tensor([0.8, 2.0])
+
+    return [
+        (
+            lambda *t: ops.norm_modulate(*t, 1e-6),
+            lambda h, scale, shift: norm(h) * (1 + scale) + shift,
+            (normal(2, 75, 37), normal(2, 1, 37), normal(2, 1, 37)),
+        ),
+        (
+            lambda *t: ops.renormalized_update(*t, 0.0, 0.0),
+            renormalized,
+            (normal(2, 75, 37), normal(2, 75, 37), normal(2, 1, 37)),
+        ),
+        (
+            lambda *t: ops.norm_rotate(*t, angle.cos(), angle.sin(), 1e-6),
+            rotated,
+            (normal(20, 5, 3, 22), normal(22)),
+        ),
+        (ops.gated_linear, gated, (normal(3, 5, 42),)),
+        *((lambda *t: ops.window_attention(*t, grid), attended, attention_inputs(content)) for content in (9, 24)),
+    ]
