@@ -87,7 +87,8 @@ def train(
         ),
     ] = None,
     compile_blocks: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile the network first.")
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the network first.", show_default="where it pays"),
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     keep_last: Annotated[int | None, typer.Option(help="How many of the newest checkpoints stay.")] = None,

@@ -162,7 +162,7 @@ class TrainView:
 def train_view(trainer: Trainer) -> Iterator[TrainView]:
     """Shows a run until the block ends, and hangs what it shows onto the trainer's callbacks."""
     total = trainer.config.training.steps
-    waiting = "compiling, first step" if trainer.config.training.compile else "first step"
+    waiting = "compiling, first step" if trainer.compiled else "first step"
     if not console.stderr().is_terminal:
         task = console.ProgressTask(waiting, total, "steps", None, trainer.step)
         yield TrainView(trainer, task, panel=False)

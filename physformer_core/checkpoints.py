@@ -375,16 +375,10 @@ def _cast(model: PhysFormerTransformer2DModel, dtype: torch.dtype) -> None:
 def _compile(transformer: PhysFormerTransformer2DModel, device: torch.device) -> None:
     import torch._dynamo
 
-    if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
+    from physformer_core.hardware import why_no_compiler
 
-        try:
-            get_cpp_compiler()
-        except RuntimeError as error:
-            raise DeviceError(
-                "--compile needs a C++ compiler, and there is none here",
-                hint="install one, for example: apt install g++; or leave --compile out",
-            ) from error
+    if (missing := why_no_compiler(device)) is not None:
+        raise DeviceError(f"--compile cannot be done here: {missing}", hint="or leave --compile out")
     torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
     for block in transformer.blocks:
         block.compile(dynamic=False)

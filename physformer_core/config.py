@@ -91,7 +91,8 @@ class TrainConfig:
         ema_decay: Of the averaged weights.
         dtype: Arithmetic: ``auto`` is bfloat16 where the hardware has it, float32 elsewhere; ``fp16`` scales the loss.
             Weights are float32.
-        compile: Whether blocks are compiled.
+        compile: Whether blocks are compiled: ``on``, ``off``, or ``auto``: where that makes steps faster, which is
+            not where kernels in C run (float32 on a CPU). In a file also true or false.
         checkpoint_every, keep_last, keep_every: Steps between checkpoints; how many of the last, and every
             how many-th step, are kept (0: only the last).
         validate_every, validation_batches: Steps between validations and batches in one.
@@ -124,7 +125,7 @@ class TrainConfig:
     prompt_dropout: float = 0.1
     ema_decay: float = 0.999
     dtype: str = "auto"
-    compile: bool = True
+    compile: str = "auto"
     checkpoint_every: int = 500
     keep_last: int = 2
     keep_every: int = 0
@@ -178,6 +179,8 @@ class TrainConfig:
             raise ConfigError(f"unknown optimizer '{self.optimizer}'", hint="muon or adamw")
         if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
             raise ConfigError(f"unknown dtype '{self.dtype}'", hint="auto, fp32, bf16 or fp16")
+        if self.compile not in ("auto", "on", "off"):
+            raise ConfigError(f"compile cannot be '{self.compile}'", hint="auto, on or off")
         if self.parallel not in ("auto", "ddp", "fsdp"):
             raise ConfigError(f"unknown way to be parallel '{self.parallel}'", hint="auto, ddp or fsdp")
         if self.accumulate > self.batch_size:
@@ -227,6 +230,8 @@ class RunConfig:
         _check_keys(model, allowed, f"{source}: [model]")
         flow = dict(values.get("flow", {}))
         training = dict(values.get("training", {}))
+        if isinstance(training.get("compile"), bool):
+            training["compile"] = "on" if training["compile"] else "off"
         _check_keys(flow, _defaults(FlowConfig), f"{source}: [flow]")
         _check_keys(training, _defaults(TrainConfig), f"{source}: [training]")
         return cls(model=model, flow=FlowConfig(**flow), training=TrainConfig(**training))

@@ -20,8 +20,8 @@ from physformer_core.benchmark.machine import MachinePeak, machine_facts
 from physformer_core.checkpoints import find_checkpoint, load_pipeline
 from physformer_core.errors import PhysFormerError
 from physformer_core.files import cache_folder
-from physformer_core.hardware import DTYPES, has_fast_bfloat16, resolve_device, resolve_dtype
-from physformer_core.model.attention import DENSE_TOKENS
+from physformer_core.hardware import DTYPES, has_fast_bfloat16, resolve_device, resolve_dtype, why_no_compiler
+from physformer_core.model.attention import DENSE_TOKENS, why_no_native
 from physformer_core.model.flex import FLEX_TOKENS, flex_verified, why_no_flex
 from physformer_core.text import text_encoder_fingerprint
 from physformer_core.version import __version__
@@ -130,8 +130,11 @@ def kernels(device: torch.device) -> dict[str, Any]:
     flex_missing = why_no_flex(device)
     if flex_missing is None and not flex_verified(device):
         flex_missing = "its compiled kernel fails its own test on this device"
+    native_missing = why_no_native(device, resolve_dtype("auto", device))
     if flex_missing is None:
         chosen, why = "flex", f"from {FLEX_TOKENS} tokens without gradients; halo and dense below"
+    elif native_missing is None:
+        chosen, why = "native", "for fields of every size, with and without gradients"
     else:
         chosen, why = "halo", f"from {DENSE_TOKENS} tokens; dense below"
     sdpa = ["math"]
@@ -149,6 +152,7 @@ def kernels(device: torch.device) -> dict[str, Any]:
         "attention_why": why,
         "backends": {
             "flex (fused, CUDA)": (flex_missing is None, flex_missing),
+            "native (in C, CPU, float32)": (native_missing is None, native_missing),
             "bfloat16 in hardware": (has_fast_bfloat16(device), "it would be several times slower than float32"),
             "oneDNN": (torch.backends.mkldnn.is_available(), "this build of torch has none"),
         },
@@ -189,14 +193,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _compiler(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "yes (triton)" if installed_version("triton") else "no: the package triton is missing"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        return f"yes ({get_cpp_compiler()})"
-    except RuntimeError:
-        return "no: there is no C++ compiler, for example: apt install g++"
+    missing = why_no_compiler(device)
+    return "yes" if missing is None else f"no: {missing}"
 
 
 def _shipped() -> dict[str, Any]:

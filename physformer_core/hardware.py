@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 import platform
 import resource
@@ -63,6 +64,21 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise DeviceError(f"unknown dtype '{name}'", hint="one of auto, " + ", ".join(DTYPES))
     return DTYPES[name]
+
+
+def why_no_compiler(device: torch.device) -> str | None:
+    """What `torch.compile` lacks for a device, in a few words, or None if it can run there."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "the package triton is missing"
+    if device.type != "cpu":
+        return "it is not made for this device"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        return "there is no C++ compiler, for example: apt install g++"
+    return None
 
 
 @functools.cache

@@ -9,6 +9,14 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a C compiler: everything runs in torch, which counters and profilers see into."""
+    from physformer_core.model.native import ops
+
+    monkeypatch.setattr(ops, "why_not", lambda: "left out by a test")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A pipeline's folder with a tiny untrained network. Its prompts are encoded by the real MiniLM."""

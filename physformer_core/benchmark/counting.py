@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from physformer_core.model.native import ops as native
+
 _PRODUCTS: set[Any] = {
     torch.matmul,
     torch.mm,
@@ -67,6 +69,13 @@ class CostCounter(TorchFunctionMode):
             pairs = query.shape[:-1].numel() * key.shape[-2]
             self.flops += 2 * pairs * (query.shape[-1] + value.shape[-1])
             self.bytes += sum(_size(tensor) for tensor in (query, key, value, result))
+        elif func is native.window_attention:
+            query, text_key, grid = args[0], args[3], args[7]
+            batch, _, heads, content = query.shape
+            keys, pairs = grid.window_work(0 if text_key is None else text_key.shape[2])
+            self.flops += native.attention_flops(batch * pairs, heads, result.shape[-1])
+            self.bytes += _size(query) + _size(result)
+            self.bytes += batch * keys * heads * (content + result.shape[-1]) * query.element_size()
         return result
 
     def _product(self, one: Tensor, other: Tensor, result: Tensor, *, inner: int) -> None:

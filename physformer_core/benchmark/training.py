@@ -263,7 +263,7 @@ class _Turns:
             "batch": batch,
             "steps": self._steps,
             "dtype": dtype,
-            "compiled": trainer.config.training.compile,
+            "compiled": trainer.compiled,
             "tokens": {
                 kind: dict(zip(("picture", "prompt"), map(statistics.mean, zip(*seen, strict=True)), strict=True))
                 for kind, seen in sorted(self._tokens.items())

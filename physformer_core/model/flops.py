@@ -15,6 +15,7 @@ from torch import nn
 
 from physformer_core.model.attention import plan_attention
 from physformer_core.model.geometry import BlockGrid
+from physformer_core.model.native import ops as native
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 
 _PER_PROMPT_TOKEN = ("text_embed", "text_blocks.", "add_k_proj", "add_v_proj")
@@ -72,14 +73,19 @@ def _attention_flops(
     """Logits and gathering of one block: 2 D operations for each query and key, twice.
 
     Dense: N queries see N + T keys. Halo: each block of b x b queries sees its window of (b + 2 r)^2 keys and the T of
-    the text; blocks at the border are computed whole, so this is linear in N but for the border.
+    the text; blocks at the border are computed whole, so this is linear in N but for the border. Native: windows end at
+    the border, and of the reserved dimensions half are enough.
     """
     config = model.config
     grid = BlockGrid(height=height, width=width, block=config.block_size, radius=config.radius)
     if index % 2:
         grid = replace(grid, shift=config.block_size // 2)
     none = torch.empty(0)
-    if plan_attention(grid, model.attention_backend, none, none, model.dtype).backend in ("halo", "flex"):
+    backend = plan_attention(grid, model.attention_backend, none, none, model.dtype).backend
+    if backend == "native":
+        _, pairs = grid.window_work(prompt_tokens)
+        return native.attention_flops(pairs, config.num_heads, config.hidden_size // config.num_heads)
+    if backend in ("halo", "flex"):
         blocks_y, blocks_x = grid.blocks
         pairs = blocks_y * blocks_x * grid.block**2 * (grid.window**2 + prompt_tokens)
     else:

@@ -64,6 +64,23 @@ class BlockGrid:
         """Side of the window of keys that one block reads."""
         return self.block + 2 * self.radius
 
+    def window_work(self, text_tokens: int) -> tuple[int, int]:
+        """Keys that all windows hold together, and pairs of a query and a key it reads, where windows end at the edges
+        of the field and ``text_tokens`` keys are read by all."""
+
+        def axis(length: int, lead: int, count: int) -> tuple[int, int]:
+            keys = pairs = 0
+            for start in range(-lead, count * self.block - lead, self.block):
+                queries = min(start + self.block, length) - max(start, 0)
+                seen = min(start + self.block + self.radius, length) - max(start - self.radius, 0)
+                keys, pairs = keys + seen, pairs + queries * seen
+            return keys, pairs
+
+        axes = [axis(*of) for of in zip((self.height, self.width), self.lead, self.blocks, strict=True)]
+        (keys_y, pairs_y), (keys_x, pairs_x) = axes
+        keys = keys_y * keys_x + self.blocks[0] * self.blocks[1] * text_tokens
+        return keys, pairs_y * pairs_x + self.height * self.width * text_tokens
+
     def covers_everything(self) -> bool:
         """Whether every block's window holds the whole field, so that no cut-off exists."""
 

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from physformer_core.checkpoints import find_checkpoint
 from physformer_core.config import RunConfig
 from physformer_core.data.loader import Batch, BatchStream, ShardSet
-from physformer_core.errors import CheckpointError, ConfigError, PhysFormerError
-from physformer_core.hardware import has_fast_bfloat16, keep_freed_memory, resolve_dtype
+from physformer_core.errors import CheckpointError, ConfigError, DeviceError, PhysFormerError
+from physformer_core.hardware import has_fast_bfloat16, keep_freed_memory, resolve_dtype, why_no_compiler
+from physformer_core.model.attention import why_no_native
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.pipeline import PhysFormerPipeline
 from physformer_core.training.adapter import adapted_model, adapter_facts, check_resumed_adapter, check_text
@@ -110,6 +111,7 @@ class Trainer:
             self.device = self.ranks.device(device)
             keep_freed_memory(self.device)
             self.dtype = resolve_dtype(train.dtype, self.device)
+            self.compiled = _compiles(train.compile, self.device, self.dtype)
             self.shards = ShardSet(data_dir)
             self._check_level_zero()
             torch.manual_seed(train.seed)
@@ -355,7 +357,7 @@ class Trainer:
             OutputError: If a checkpoint or the log cannot be written; the last whole checkpoint stays.
         """
         train = self.config.training
-        if train.compile:
+        if self.compiled:
             torch._dynamo.config.recompile_limit = 64
             for block in self.model.blocks:
                 block.compile(dynamic=False)
@@ -517,3 +519,15 @@ def _again(batch: Batch) -> Generator[Batch, None, None]:
 def _step_seed(seed: int, step: int) -> int:
     """Seed of all draws at one step; validation uses negative steps."""
     return (seed * 1_000_003 + 2 * step + (1 if step < 0 else 0)) % (2**63)
+
+
+def _compiles(setting: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether blocks are compiled, by the configuration's word.
+
+    Raises:
+        DeviceError: They are to be, and cannot.
+    """
+    missing = why_no_compiler(device) if setting != "off" else ""
+    if setting == "on" and missing is not None:
+        raise DeviceError(f"compile = on cannot be done here: {missing}", hint='--no-compile, or compile = "auto"')
+    return setting == "on" or (setting == "auto" and missing is None and why_no_native(device, dtype) is not None)

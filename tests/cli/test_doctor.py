@@ -11,6 +11,7 @@ import torch
 from physformer_core import diagnosis
 from physformer_core.checkpoints import find_checkpoint
 from physformer_core.diagnosis import OptionalPackage, diagnose, speeds
+from physformer_core.model.native.ops import why_not as native_why_not
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -22,8 +23,17 @@ def test_a_sound_installation(physformer) -> None:
     assert report["versions"]["torch"] == torch.__version__ and report["speeds"] == {} and report["faults"] == []
     assert [one["state"] for one in report["weights"]] == ["verified", "verified"]
     assert find_checkpoint(None).sha256[:12] in report["weights"][0]["detail"]
-    assert report["kernels"]["attention"] == "halo" and not report["kernels"]["backends"]["flex (fused, CUDA)"][0]
+    native, why = report["kernels"]["backends"]["native (in C, CPU, float32)"]
+    assert (native, why) == (native_why_not() is None, native_why_not())
+    assert report["kernels"]["attention"] == ("native" if native else "halo")
+    assert not report["kernels"]["backends"]["flex (fused, CUDA)"][0]
     assert {one["name"] for one in report["optional"]} >= {"torchao", "peft"}
+
+
+@pytest.mark.usefixtures("without_native")
+def test_without_kernels_in_c_it_says_why(physformer) -> None:
+    code, out, _ = physformer("doctor", "--quick", "--device", "cpu")
+    assert code == 0 and "halo" in out and "left out by a test" in " ".join(out.split())
 
 
 def test_what_is_missing_is_said_with_the_way_to_get_it(physformer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 
 from physformer_core.model.geometry import GEOMETRY_DIM, BlockGrid
 from physformer_core.model.native.build import Unavailable, load_library
 
 
+@functools.cache
 def why_not() -> str | None:
-    """Why the kernels cannot run here, in a few words, or None if they can."""
+    """Why the kernels cannot run in this process, in a few words, or None if they can. The first call may compile them,
+    which takes a second or two."""
     from physformer_core.model.native.probe import verified
 
     try:
@@ -24,18 +27,12 @@ def why_not() -> str | None:
     return None if verified() else "compiled, they fail their own test on this processor"
 
 
-@functools.cache
-def available() -> bool:
-    """Whether the kernels can run in this process. The first call may compile them, which takes a second or two."""
-    return why_not() is None
-
-
 def takes(*tensors: Tensor) -> bool:
     """Whether these tensors can be worked on here and now: float32 on a CPU, not while a graph is compiled, and with
     kernels that can run."""
     if torch.compiler.is_compiling():
         return False
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and available()
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and why_not() is None
 
 
 def norm_modulate(hidden_states: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
@@ -104,11 +101,20 @@ def window_attention(
     Returns:
         [B, N, heads, head_dim], what `model.attention.reference_attention` returns.
     """
+    if has_torch_function((query,)):  # so that what counts operations hears of it
+        arguments = (query, key, value, text_key, text_value, drift_hc, sigma_h, grid)
+        return handle_torch_function(window_attention, (query,), *arguments)
     batch, _, heads, content = query.shape
     assert value.shape[-1] == content + GEOMETRY_DIM
     if text_key is None or text_value is None:
         text_key = text_value = value.new_empty(batch, heads, 0, value.shape[-1])
     return _WindowAttention.apply(query, key, value, text_key, text_value, drift_hc, sigma_h, grid)
+
+
+def attention_flops(pairs: int, heads: int, head_dim: int) -> int:
+    """Operations of `window_attention` for so many pairs of a query and a key: logits of content and four numbers of
+    geometry, and values."""
+    return 2 * pairs * heads * (head_dim - GEOMETRY_DIM + 4 + head_dim)
 
 
 def _pointers(*tensors: Tensor) -> list[int]:

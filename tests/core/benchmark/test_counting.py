@@ -13,7 +13,10 @@ from physformer_core.benchmark.cases import ATTENTION_PEERS, MODEL_PEERS, OURS, 
 from physformer_core.benchmark.counting import CostCounter
 from physformer_core.config import load_preset
 from physformer_core.model.flops import picture_flops
+from physformer_core.model.native.ops import why_not as native_missing
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
+
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(native_missing() is not None, reason=str(native_missing())))
 
 
 def counted(run) -> CostCounter:
@@ -52,6 +55,7 @@ def test_half_precision_moves_half_the_bytes() -> None:
     assert one.bytes == 2 * 47
 
 
+@pytest.mark.usefixtures("without_native")  # torch's counter does not see into them
 @pytest.mark.parametrize("what", ["model", "attention"])
 @pytest.mark.parametrize("contender", [OURS, *dict.fromkeys((*MODEL_PEERS, *ATTENTION_PEERS))])
 def test_contenders_are_counted_as_torch_counts_them(what: str, contender: str) -> None:
@@ -68,7 +72,7 @@ def test_contenders_are_counted_as_torch_counts_them(what: str, contender: str) 
     assert cost.bytes > 0 and subject.parameters > 0
 
 
-@pytest.mark.parametrize("backend", ["halo", "dense"])
+@pytest.mark.parametrize("backend", ["halo", "dense", NATIVE])
 def test_our_network_is_counted_as_its_formula_says(backend: str) -> None:
     subject = build(
         Case(what="model", contender=OURS, preset="debug", backend=backend, height=13, width=18, batch=2, device="cpu")

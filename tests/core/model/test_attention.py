@@ -21,9 +21,11 @@ from physformer_core.model.attention import (
     Transport,
     plan_attention,
 )
-from physformer_core.model.geometry import FAR, GEOMETRY_DIM, BlockGrid
+from physformer_core.model.geometry import FAR, GEOMETRY_DIM, BlockGrid, same_window
+from physformer_core.model.native.ops import why_not
 
 HEADS, CONTENT, HEAD_DIM = 2, 8, 16
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(why_not() is not None, reason=str(why_not())))
 
 
 @dataclass
@@ -114,7 +116,7 @@ GRIDS = [
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.height}x{g.width}b{g.block}s{g.shift}")
-@pytest.mark.parametrize("backend", ["reference", "dense", "halo"])
+@pytest.mark.parametrize("backend", ["reference", "dense", "halo", NATIVE])
 def test_backends_equal_attention_written_out(grid: BlockGrid, backend: str) -> None:
     case = Case.draw(grid, batch=2, text=4, hidden=1, seed=grid.height)
     assert (case.run(backend) - case.written_out()).abs().max() < 1e-5
@@ -126,7 +128,7 @@ def test_backends_equal_attention_written_out(grid: BlockGrid, backend: str) -> 
     shifted=st.booleans(), y=st.integers(0, 9), x=st.integers(0, 9), batch=st.integers(1, 3),
     text=st.integers(0, 5), hidden=st.integers(0, 2),
 )  # fmt: skip
-def test_halo_equals_dense_at_any_size(
+def test_backends_agree_at_any_size(
     height: int, width: int, block: int, radius: int, shifted: bool, y: int, x: int, batch: int, text: int, hidden: int
 ) -> None:
     shift = block // 2 if shifted else 0
@@ -134,6 +136,8 @@ def test_halo_equals_dense_at_any_size(
     case = Case.draw(grid, batch=batch, text=text, hidden=min(hidden, text), seed=height * width)
     halo = case.run("halo")
     assert (halo - case.run("dense")).abs().max() < 1e-5
+    if why_not() is None:
+        assert (halo - case.run("native")).abs().max() < 1e-5
     if height * width * batch <= 60:
         assert (halo - case.written_out()).abs().max() < 1e-5
 
@@ -145,7 +149,7 @@ def test_narrowest_kernel_keeps_its_precision() -> None:
         assert (case.run(backend) - case.written_out()).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("backend", ["reference", "dense", "halo"])
+@pytest.mark.parametrize("backend", ["reference", "dense", "halo", NATIVE])
 @pytest.mark.parametrize("drift", [(0, 0), (-1, 2), (2, 1)])
 def test_an_impulse_moves_against_the_drift(backend: str, drift: tuple[int, int]) -> None:
     """x_q + d = x_k: a token reads what lies d away, so what stood at x is read at x - d."""
@@ -174,18 +178,33 @@ def test_chunks_of_rows_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> 
             assert torch.equal(case.run("halo"), whole)
 
 
-def test_gradients_of_halo_equal_those_written_out() -> None:
-    case = Case.draw(BlockGrid(height=6, width=7, block=4, radius=2, shift=2), batch=1)
+@pytest.mark.parametrize("backend", ["dense", "halo", NATIVE])
+@pytest.mark.parametrize(("height", "width"), [(6, 7), (1, 3), (9, 17)])
+def test_gradients_equal_those_written_out(backend: str, height: int, width: int) -> None:
+    case = Case.draw(BlockGrid(height=height, width=width, block=4, radius=2, shift=2), batch=1)
     gradients = []
-    for run in (lambda: case.run("halo"), lambda: case.run("dense"), case.written_out):
+    for run in (lambda: case.run(backend), case.written_out):
         leaves = [case.query, case.key, case.value, case.drift, case.sigma, case.text_key]
         for leaf in leaves:
             leaf.requires_grad_().grad = None
         (run() * torch.arange(HEAD_DIM)).sum().backward()
         gradients.append([leaf.grad for leaf in leaves])
-    for halo, dense, written in zip(*gradients, strict=True):
-        scale = written.abs().max()
-        assert (halo - written).abs().max() < 2e-5 * scale and (dense - written).abs().max() < 2e-5 * scale
+    for found, written in zip(*gradients, strict=True):
+        assert (found - written).abs().max() < 2e-5 * written.abs().max()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.height}x{g.width}b{g.block}s{g.shift}")
+def test_the_work_of_windows_is_counted_pair_by_pair(grid: BlockGrid) -> None:
+    seen = same_window(grid)
+    text = 3
+    keys, pairs = grid.window_work(text)
+    assert pairs == int(seen.sum()) + text * len(seen)
+    one_of_a_block = {
+        ((y + grid.lead[0]) // grid.block, (x + grid.lead[1]) // grid.block): y * grid.width + x
+        for y in range(grid.height)
+        for x in range(grid.width)
+    }
+    assert keys == sum(int(seen[token].sum()) + text for token in one_of_a_block.values())
 
 
 def test_hidden_text_and_no_text() -> None:
@@ -285,6 +304,19 @@ def test_autocast_splits_the_geometry_for_the_dtype_it_runs_in(monkeypatch: pyte
         projected = attn.project(torch.randn(1, 4, 96), nothing, nothing)
         text = attn.encode_text(torch.randn(1, 2, 12), torch.ones(1, 2, dtype=torch.bool))
     assert {t.dtype for t in (*projected, text.key, text.value)} == {torch.bfloat16}
+
+
+def test_auto_takes_native_for_float32_on_a_cpu_and_says_why_it_cannot_elsewhere() -> None:
+    grid, nothing = BlockGrid(height=4, width=4, block=8, radius=4), torch.zeros(1)
+    if why_not() is None:
+        assert plan_attention(grid, "auto", nothing, nothing, torch.float32).backend == "native"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert plan_attention(grid, "auto", nothing, nothing, torch.float32).backend == "dense"
+    with pytest.raises(ConfigError, match="'native' cannot run here: its kernels are for float32"):
+        plan_attention(grid, "native", nothing, nothing, torch.bfloat16)
+    meta = torch.zeros(1, device="meta")
+    with pytest.raises(ConfigError, match="for CPUs"):
+        plan_attention(grid, "native", meta, meta, torch.float32)
 
 
 def test_auto_chooses_by_size_and_dense_refuses_to_round() -> None:

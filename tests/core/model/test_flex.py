@@ -63,6 +63,7 @@ def test_tokens_of_a_block_stand_together() -> None:
     assert torch.equal(laid.order[laid.inverse], torch.arange(11 * 13))
 
 
+@pytest.mark.usefixtures("without_native")
 def test_it_is_refused_where_it_cannot_run_and_auto_passes_it_by() -> None:
     grid, nothing = BlockGrid(height=100, width=100, block=8, radius=4), torch.zeros(1)
     assert "CUDA" in (why_no_flex(torch.device("cpu")) or "")
