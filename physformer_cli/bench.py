@@ -33,7 +33,7 @@ TokensOption = Annotated[str | None, typer.Option(help="Numbers of tokens instea
 BatchOption = Annotated[str, typer.Option(help="Pictures at once, separated by commas.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16; several are separated by commas.")]
 BackendOption = Annotated[
-    str, typer.Option(help="Our attention backend: auto, halo, dense, reference or, on CUDA, flex.")
+    str, typer.Option(help="Our attention backend: auto, native, halo, dense, reference or, on CUDA, flex.")
 ]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="Timed runs of each case, after a warm-up.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]

@@ -382,7 +382,8 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         return [block.attn for block in self.blocks if isinstance(block, PhysFormerBlock)]
 
     def set_attention_backend(self, backend: Backend) -> None:
-        """Runs every block's attention with ``auto``, ``reference``, ``dense``, ``halo`` or, on CUDA, ``flex``.
+        """Runs every block's attention with ``auto``, ``reference``, ``dense``, ``halo``, ``native`` or, on CUDA,
+        ``flex``.
 
         Raises:
             ConfigError: For any other name, and for ``flex`` once the network runs where it cannot.
