@@ -308,15 +308,17 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class HeadNorm(nn.Module):
-    """RMS norm over a head's content dimensions with a learned gain (QK-norm), initialised so that logits of
-    unrelated tokens have unit variance."""
+class GainNorm(nn.Module):
+    """RMS norm over the last dimension with a learned gain, one at first. Over the content of a head (QK-norm) it gives
+    logits of unrelated tokens unit variance."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if native.takes(hidden_states, self.weight):
+            return native.rms_norm(hidden_states, self.weight, NORM_EPSILON)
         weight = self.weight.to(hidden_states.dtype)  # under autocast the fused norm wants one dtype
         return F.rms_norm(hidden_states, (hidden_states.shape[-1],), weight, NORM_EPSILON)
 
@@ -366,10 +368,10 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, inner, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
-        self.norm_q, self.norm_k = HeadNorm(self.content_dim), HeadNorm(self.content_dim)
+        self.norm_q, self.norm_k = GainNorm(self.content_dim), GainNorm(self.content_dim)
         self.add_k_proj = nn.Linear(text_dim, num_heads * (self.content_dim - self.rotary_dim), bias=False)
         self.add_v_proj = nn.Linear(text_dim, dim, bias=False)
-        self.norm_added_k = HeadNorm(self.content_dim - self.rotary_dim)
+        self.norm_added_k = GainNorm(self.content_dim - self.rotary_dim)
         angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
         compass = torch.stack([-angle.cos(), angle.sin()], dim=-1)  # north first, then clockwise
         self.drift_logit = nn.Parameter(torch.atanh(compass / max_drift))

@@ -27,6 +27,7 @@ from physformer_core.model.attention import (
     NORM_EPSILON,
     AttentionPlan,
     Backend,
+    GainNorm,
     PhysFormerAttention,
     TextKeyValue,
     plan_attention,
@@ -85,10 +86,10 @@ class PhysFormerTextBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.heads = num_heads
-        self.norm1 = nn.RMSNorm(dim, eps=1e-6)
+        self.norm1 = GainNorm(dim)
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
-        self.norm2 = nn.RMSNorm(dim, eps=1e-6)
+        self.norm2 = GainNorm(dim)
         self.feed_forward = PhysFormerFeedForward(dim, mlp_ratio)
 
     def forward(self, text_states: Tensor, mask: Tensor) -> Tensor:
@@ -351,7 +352,7 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             PhysFormerTextBlock(text_hidden_size, max(1, text_hidden_size // 32), mlp_ratio)
             for _ in range(num_text_layers)
         )
-        self.text_norm = nn.RMSNorm(text_hidden_size, eps=1e-6)
+        self.text_norm = GainNorm(text_hidden_size)
         self.blocks = nn.ModuleList(
             PhysFormerBlock(hidden_size, num_heads, mlp_ratio, text_hidden_size, max_drift, max_sigma, drift, self.form)
             for _ in range(num_layers)

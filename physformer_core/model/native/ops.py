@@ -70,6 +70,13 @@ def norm_rotate(content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, epsilon
     return _NormRotate.apply(content, gain, cos, sin, epsilon)
 
 
+def rms_norm(content: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """``rms_norm(content) * gain`` over the last dimension of [B, ..., dim]."""
+    rows = content.flatten(1, -2).unsqueeze(2)
+    nothing = rows.new_empty(1, rows.shape[1], 1, 0)
+    return _NormRotate.apply(rows, gain, nothing, nothing, epsilon).view(content.shape)
+
+
 def gated_linear(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of [..., 2 * hidden] -> [..., hidden]."""
     return _GatedLinear.apply(gate_up)

@@ -98,6 +98,11 @@ def cases() -> list[Case]:
             rotated,
             (normal(20, 5, 3, 22), normal(22)),
         ),
+        (
+            lambda content, gain: ops.rms_norm(content, gain, 1e-6),
+            lambda content, gain: norm(content) * gain,
+            (normal(2, 5, 3, 22), normal(22)),
+        ),
         (ops.gated_linear, gated, (normal(3, 5, 42),)),
         *(
             (functools.partial(ops.window_attention, grid=grid), attended, attention_inputs(content))

@@ -13,7 +13,15 @@ from physformer_core.model.native import build, ops, probe
 from physformer_core.model.native.build import SWITCH, Unavailable, load_library
 from physformer_core.model.updates import OPPOSED, TINY, renormalized_update
 
-NAMES = ["norm_modulate", "renormalized_update", "norm_rotate", "gated_linear", "attention of 9", "attention of 24"]
+NAMES = [
+    "norm_modulate",
+    "renormalized_update",
+    "norm_rotate",
+    "rms_norm",
+    "gated_linear",
+    "attention of 9",
+    "attention of 24",
+]
 needs_kernels = pytest.mark.skipif(ops.why_not() is not None, reason=str(ops.why_not()))
 
 
