@@ -17,13 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse
 from PIL import Image, ImageOps
 
+from physformer_core.data.averages import area_average, intervals
 from physformer_core.data.scenes.render import render_svg
 from physformer_core.errors import DataError
-
-_DENSE_PIXELS = 192
 
 DRAWN_LEVELS = 30
 """The highest level of vector art: it has every one."""
@@ -174,56 +172,14 @@ class FramedBitmap(FramedPicture):
             box = (int(left), int(top), int(left) + width * whole, int(top) + height * whole)
             pixels = np.asarray(self._image.reduce(whole, box) if whole > 1 else self._image.crop(box))
         else:
-            channels = len(self._image.getbands())
-            first_row, rows = _averages(top, step, height, self._image.height)
-            first, columns = _averages(left, step, width, self._image.width, channels)
-            source = self._array[first_row : first_row + rows.shape[1], channels * first :][:, : columns.shape[1]]
-            # Down first, along contiguous rows, then across what is left of it.
-            bands = rows @ source.astype(np.float32)
-            across = columns @ np.ascontiguousarray(bands.T)
-            pixels = np.rint(across.T).astype(np.uint8, order="C").reshape(height, width, channels)
+            rows = intervals(top, step, height, self._image.height)
+            pixels = area_average(self._array, rows, intervals(left, step, width, self._image.width))
         return pixels if pixels.shape[2:] == (3,) else np.repeat(pixels.reshape(height, width, 1), 3, axis=2)
 
     @functools.cached_property
     def _array(self) -> np.ndarray:
-        """All pixels: uint8 [height, width * channels]."""
-        return np.asarray(self._image).reshape(self._image.height, -1)
-
-
-# Pictures of one size are framed alike, and whole data sets are of one size: most matrices are asked for again.
-@functools.lru_cache(maxsize=256)
-def _averages(
-    start: float, step: float, count: int, limit: int, channels: int = 1
-) -> tuple[int, scipy.sparse.csr_array | np.ndarray]:
-    """Averages over `count` intervals of length `step` from `start` on, of pixels that lie side by side.
-
-    Pillow's box filter is no substitute: it takes or leaves whole pixels, so at a reduction of 1.3 it only drops some.
-
-    Returns:
-        The first pixel under the intervals, and a matrix [count * channels, channels * pixels under them], float32:
-        the fractions of each interval that the pixels cover, channel by channel.
-    """
-    low = start + step * np.arange(count)
-    high = np.minimum(low + step, limit)
-    first = (low + 1e-6).astype(np.int64)
-    last = np.minimum(np.maximum(np.ceil(high - 1e-6).astype(np.int64), first + 1), limit)
-    taps = first[:, None] + np.arange(int((last - first).max()))
-    covered = np.minimum(taps + 1, high[:, None]) - np.maximum(taps, low[:, None])
-    covered[taps >= last[:, None]] = 0
-    covered /= covered.sum(axis=1, keepdims=True)
-    used = np.repeat(covered > 0, channels, axis=0)
-    wanted = (channels * (taps - first[0]))[:, None, :] + np.arange(channels)[:, None]
-    # Put together by hand: where pictures differ in size, these are made for every one.
-    matrix = scipy.sparse.csr_array(
-        (
-            np.repeat(covered.astype(np.float32), channels, axis=0)[used],
-            wanted.reshape(used.shape)[used].astype(np.int32),
-            np.concatenate([[0], used.sum(axis=1).cumsum()]).astype(np.int32),
-        ),
-        shape=(channels * count, channels * int(last[-1] - first[0])),
-    )
-    # What scipy looks at before it multiplies takes longer than to multiply by a few zeros.
-    return int(first[0]), matrix.toarray() if matrix.shape[1] <= _DENSE_PIXELS else matrix
+        """All pixels: uint8 [height, width, channels]."""
+        return np.ascontiguousarray(self._image).reshape(self._image.height, self._image.width, -1)
 
 
 class EncodedBitmap:

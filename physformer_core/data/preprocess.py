@@ -37,7 +37,7 @@ from physformer_core.errors import ConfigError, DataError
 __all__ = ["PreprocessConfig", "preprocess"]
 
 # Raise it whenever the same configuration would give other bytes: it is a part of every set's key.
-_CODE_VERSION = 4
+_CODE_VERSION = 5
 
 
 def preprocess(

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 from physformer_core.model.geometry import GEOMETRY_DIM, BlockGrid
-from physformer_core.model.native.build import Unavailable, load_library
+from physformer_core.native.build import Unavailable, load_library
 
 
 @functools.cache

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from physformer_core.model.native import build, ops, probe
-from physformer_core.model.native.build import SWITCH, Unavailable, load_library
+from physformer_core.model.native import ops, probe
 from physformer_core.model.updates import OPPOSED, TINY, renormalized_update
+from physformer_core.native import build
+from physformer_core.native.build import SWITCH, Unavailable, load_library
 
 NAMES = [
     "norm_modulate",

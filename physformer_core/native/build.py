@@ -21,7 +21,7 @@ from pathlib import Path
 from physformer_core.errors import OutputError
 from physformer_core.files import atomic_write, cache_folder
 
-SOURCES = ("attention.c", "tokens.c", "vectors.h")
+SOURCES = ("attention.c", "pictures.c", "tokens.c", "vectors.h")
 
 SWITCH = "PHYSFORMER_NATIVE"
 """Environment variable that leaves the kernels out where it is 0."""
@@ -43,6 +43,7 @@ _ARGUMENTS = {
     "norm_rotate_back": (*(_P,) * 7, _L, _L, _I, _I, _I, _F, _I),
     "gated_linear": (_P, _P, _L, _I, _I),
     "gated_linear_back": (_P, _P, _P, _L, _I, _I),
+    "area_average": (_P, _L, _I, *(_I, _P, _P, _P, _I) * 2, _P, _P),
     "window_attention": (*(_P,) * 10, _L, *(_I,) * 11),
     "window_attention_back": (*(_P,) * 18, _L, *(_I,) * 11),
     "window_scratch": (_I,) * 5,
