@@ -345,7 +345,7 @@ def _again(
     options: Options, names: OutputNames, checkpoint: Checkpoint, given: list[ScaledAdapter]
 ) -> tuple[list[Picture], set[int], Circumstances, list[ScaledAdapter]]:
     """The batch of the picture that --from names, and what draws it."""
-    from physformer_core.drawing import LORAS_KEY, Circumstances, requests_from_metadata
+    from physformer_core.drawing import LORAS_KEY, Circumstances, kernels_of, requests_from_metadata
     from physformer_core.errors import CheckpointError, DeviceError
     from physformer_core.hardware import resolve_device
     from physformer_core.metadata import read_metadata
@@ -375,10 +375,14 @@ def _again(
     device = str(resolve_device(options.device or device))
     if device != metadata.extra.get("device"):
         console.warn(f"it was made on {metadata.extra.get('device')}, this is {device}: the bytes may differ")
+    dtype = str(metadata.extra.get("dtype", "auto"))
+    kernels, recorded = kernels_of(device, dtype), metadata.extra.get("kernels", "torch")
+    if kernels != recorded and device == metadata.extra.get("device"):
+        console.warn(f"it was made with kernels in {recorded}, here they are in {kernels}: the bytes may differ")
     circumstances = Circumstances(
         checkpoint=metadata.checkpoint or checkpoint.name,
         checkpoint_sha256=checkpoint.sha256,
-        dtype=str(metadata.extra.get("dtype", "auto")),
+        dtype=dtype,
         device=device,
         compiled=metadata.extra.get("compile") is True,
         loras=tuple(one.as_dict() for one in adapters),

@@ -28,6 +28,15 @@ LORAS_KEY = "loras"
 _MAX_REDRAWN_BATCH = 1024
 
 
+def kernels_of(device: str, dtype: str) -> str:
+    """What computes between a network's products there, ``c`` or ``torch``: their pictures differ in the last bits."""
+    from physformer_core.hardware import resolve_dtype
+    from physformer_core.model.attention import why_no_native
+
+    where = torch.device(device)
+    return "torch" if why_no_native(where, resolve_dtype(dtype, where)) else "c"
+
+
 @dataclass(frozen=True)
 class Circumstances:
     """What the pictures of one command share; part of their metadata.
@@ -65,6 +74,7 @@ class Circumstances:
             "steps_per_level": list(steps),
             "guidance_interval": list(request.guidance_interval),
             "torch": str(torch.__version__),
+            "kernels": kernels_of(self.device, self.dtype),
         }
         if self.compiled:
             extra["compile"] = True

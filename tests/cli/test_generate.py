@@ -255,6 +255,14 @@ def test_from_another_version_warns(generate, monkeypatch):
     assert ending.code == 0 and "made with physformer 0" in ending.err and "torch" in ending.err
 
 
+def test_from_other_kernels_warns(generate, monkeypatch):
+    generate("a cat", "-o", "cat.png")
+    assert "kernels" not in generate("--from", "cat.png", size=()).err
+    monkeypatch.setattr("physformer_core.drawing.kernels_of", lambda device, dtype: "magic")
+    ending = generate("--from", "cat.png", size=())
+    assert ending.code == 0 and "here they are in magic: the bytes may differ" in ending.err
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
