@@ -92,7 +92,7 @@ class TrainConfig:
         dtype: Arithmetic: ``auto`` is bfloat16 where the hardware has it, float32 elsewhere; ``fp16`` scales the loss.
             Weights are float32.
         compile: Whether blocks are compiled: ``on``, ``off``, or ``auto``: where that makes steps faster, which is
-            not where kernels in C run (float32 on a CPU). In a file also true or false.
+            not where kernels in C run (float32 on a CPU). In a file also false, which is off, and true, which is auto.
         checkpoint_every, keep_last, keep_every: Steps between checkpoints; how many of the last, and every
             how many-th step, are kept (0: only the last).
         validate_every, validation_batches: Steps between validations and batches in one.
@@ -231,15 +231,17 @@ class RunConfig:
         flow = dict(values.get("flow", {}))
         training = dict(values.get("training", {}))
         if isinstance(training.get("compile"), bool):
-            training["compile"] = "on" if training["compile"] else "off"
+            training["compile"] = "auto" if training["compile"] else "off"  # true was once the default
         _check_keys(flow, _defaults(FlowConfig), f"{source}: [flow]")
         _check_keys(training, _defaults(TrainConfig), f"{source}: [training]")
         return cls(model=model, flow=FlowConfig(**flow), training=TrainConfig(**training))
 
     def override(self, table: str, **values: Any) -> RunConfig:
-        """A copy with some keys of one table replaced; None leaves a key as it is."""
+        """A copy with some keys of one table replaced; None leaves a key as it is, ``compile`` may be a bool."""
         merged = self.to_dict()
         merged[table].update({key: value for key, value in values.items() if value is not None})
+        if table == "training" and isinstance(values.get("compile"), bool):
+            merged[table]["compile"] = "on" if values["compile"] else "off"
         return RunConfig.from_dict(merged, "options")
 
 

@@ -131,6 +131,8 @@ def why_no_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``native`` cannot run with weights of a dtype on a device, in a few words, or None if it can."""
     if device.type != "cpu":
         return "its kernels are for CPUs"
+    if native.graph_is_made():
+        return "a graph is compiled or exported"
     if dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return "its kernels are for float32"
     return native.why_not()
@@ -309,8 +311,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 
 class GainNorm(nn.Module):
-    """RMS norm over the last dimension with a learned gain, one at first. Over the content of a head (QK-norm) it gives
-    logits of unrelated tokens unit variance."""
+    """RMS norm over the last dimension with a learned gain, one at first."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -319,8 +320,18 @@ class GainNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if native.takes(hidden_states, self.weight):
             return native.rms_norm(hidden_states, self.weight, NORM_EPSILON)
-        weight = self.weight.to(hidden_states.dtype)  # under autocast the fused norm wants one dtype
-        return F.rms_norm(hidden_states, (hidden_states.shape[-1],), weight, NORM_EPSILON)
+        return F.rms_norm(hidden_states, self.weight.shape, self.gain(hidden_states), NORM_EPSILON)
+
+    def gain(self, hidden_states: Tensor) -> Tensor:
+        """The weight, for tokens of this dtype."""
+        return self.weight
+
+
+class HeadNorm(GainNorm):
+    """The same over the content of a head (QK-norm): logits of unrelated tokens have unit variance at first."""
+
+    def gain(self, hidden_states: Tensor) -> Tensor:
+        return self.weight.to(hidden_states.dtype)  # under autocast the fused norm wants one dtype
 
 
 class PhysFormerAttnProcessor:
@@ -368,10 +379,10 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, inner, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
-        self.norm_q, self.norm_k = GainNorm(self.content_dim), GainNorm(self.content_dim)
+        self.norm_q, self.norm_k = HeadNorm(self.content_dim), HeadNorm(self.content_dim)
         self.add_k_proj = nn.Linear(text_dim, num_heads * (self.content_dim - self.rotary_dim), bias=False)
         self.add_v_proj = nn.Linear(text_dim, dim, bias=False)
-        self.norm_added_k = GainNorm(self.content_dim - self.rotary_dim)
+        self.norm_added_k = HeadNorm(self.content_dim - self.rotary_dim)
         angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
         compass = torch.stack([-angle.cos(), angle.sin()], dim=-1)  # north first, then clockwise
         self.drift_logit = nn.Parameter(torch.atanh(compass / max_drift))

@@ -80,8 +80,10 @@ def _attention_flops(
     grid = BlockGrid(height=height, width=width, block=config.block_size, radius=config.radius)
     if index % 2:
         grid = replace(grid, shift=config.block_size // 2)
-    none = torch.empty(0)
-    backend = plan_attention(grid, model.attention_backend, none, none, model.dtype).backend
+    none = torch.empty(0, device=model.device)
+    backend = model.attention_backend
+    if backend == "auto":
+        backend = plan_attention(grid, backend, none, none, model.dtype).backend
     if backend == "native":
         _, pairs = grid.window_work(prompt_tokens)
         return native.attention_flops(pairs, config.num_heads, config.hidden_size // config.num_heads)

@@ -2,8 +2,6 @@
 
 #include "vectors.h"
 
-#include <omp.h>
-
 #define GEOMETRY 4        /* dimensions beside the content: y, x, squared distance or altitude, constant */
 #define GROUP (2 * LANES) /* queries that are worked on together, one to a lane */
 #define CHUNK 96          /* keys whose weights and values stay in the first-level cache together */
@@ -270,7 +268,7 @@ static void attend_block(const field *f, const inputs *in, float *out, float *no
         for (int r = 0; r < queries; r++) {
             float *to = out + token[r] * f->dim;
             for (int d = 0; d < f->dim; d++) to[d] = s->read[r * f->dim + d] * scale[r];
-            if (norm != NULL) norm[token[r]] = highest[r] - logf(scale[r]);
+            norm[token[r]] = highest[r] - logf(scale[r]);
         }
     }
 }
@@ -363,7 +361,7 @@ static workspace workspace_in(char *memory, const field *f) {
     return s;
 }
 
-/* `norm`, unless it is NULL, gets the logarithm of each softmax's denominator: what the way back needs. */
+/* `norm` gets the logarithm of each softmax's denominator: what the way back needs. */
 void window_attention(const float *query, const float *key, const float *value, const float *text_key,
                       const float *text_value, const float *drift, const float *sigma, float *out, float *norm,
                       char *scratch, int64_t batch, int height, int width, int heads, int content, int dim, int text,

@@ -1,6 +1,6 @@
 """Kernels in C: compiled once on the machine that runs them, and kept in the cache folder.
 
-A compiler that is there anyway (cc, gcc, clang, or what CC names) with OpenMP is enough; without one everything runs in
+A compiler that is there anyway (cc, gcc, or what CC names) with OpenMP is enough; without one everything runs in
 torch, which `physformer doctor` says. The library's name holds a hash of the source, the flags, the compiler and the
 processor, so that a folder that several machines share serves each of them, and nothing stale is loaded.
 """
@@ -19,8 +19,9 @@ import sys
 from pathlib import Path
 
 from physformer_core.errors import OutputError
-from physformer_core.files import atomic_write, cache_folder
+from physformer_core.files import atomic_write, cache_folder, output_error
 
+_FOLDER = Path(__file__).parent
 SOURCES = ("attention.c", "pictures.c", "tokens.c", "vectors.h")
 
 SWITCH = "PHYSFORMER_NATIVE"
@@ -62,30 +63,43 @@ def load_library() -> ctypes.CDLL:
     Raises:
         Unavailable: They are switched off, or cannot be compiled, kept or loaded.
     """
-    if os.environ.get(SWITCH, "1") == "0":
-        raise Unavailable(f"{SWITCH}=0 leaves them out")
-    compiler = _compiler()
-    flags = [*_FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
-    version = _run([*compiler, "--version"]).splitlines()[:1]
-    folder = Path(__file__).parent
-    sources = [(folder / name).read_text(encoding="utf-8") for name in SOURCES]
-    parts = [*sources, *flags, *compiler, *version, _processor()]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    path = cache_folder() / "native" / f"kernels-{key}.so"
-    if not path.is_file():
-        try:
-            with atomic_write(path) as temporary:
-                units = [str(folder / name) for name in SOURCES if name.endswith(".c")]
-                _run([*compiler, *flags, *units, "-o", str(temporary), "-lm"])
-        except OutputError as error:
-            raise Unavailable(f"they cannot be kept: {error.message}") from error
+    if os.environ.get(SWITCH, "1").lower() in ("0", "false", "off", "no"):
+        raise Unavailable(f"{SWITCH}={os.environ[SWITCH]} leaves them out")
     try:
+        path = _compiled()
         library = ctypes.CDLL(str(path))
         for name, arguments in _ARGUMENTS.items():
             getattr(library, name).argtypes, getattr(library, name).restype = arguments, _RESULTS.get(name)
-    except (OSError, AttributeError) as error:
-        raise Unavailable(f"{path} cannot be loaded: {error}") from error
+    except OutputError as error:
+        raise Unavailable(f"they cannot be kept: {error.message}") from error
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:  # no home folder, a broken CC, no sources ...
+        raise Unavailable(str(error)) from error
     return library
+
+
+def _compiled() -> Path:
+    """The library's path, in a folder that nobody else can write."""
+    compiler = _compiler()
+    flags = ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native", *_FLAGS]
+    version = _run([*compiler, "--version"]).splitlines()[:1]
+    sources = [(_FOLDER / name).read_text(encoding="utf-8") for name in SOURCES]
+    parts = [*sources, *flags, *compiler, *version, _processor()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    folder = cache_folder() / "native"
+    path = folder / f"kernels-{key}.so"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder, error) from error
+    if not path.is_file():
+        with atomic_write(path) as temporary:
+            units = [str(_FOLDER / name) for name in SOURCES if name.endswith(".c")]
+            _run([*compiler, *flags, *units, "-o", str(temporary), "-lm"])
+    for one in (folder, path):
+        facts = one.stat()
+        if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+            raise Unavailable(f"{one} is another user's, or others may write it: what is there is not loaded")
+    return path
 
 
 def _compiler() -> list[str]:
@@ -94,7 +108,7 @@ def _compiler() -> list[str]:
     asked = os.environ.get("CC")
     if asked:
         return shlex.split(asked)
-    for name in ("cc", "gcc", "clang"):
+    for name in ("cc", "gcc"):
         if (found := shutil.which(name)) is not None:
             return [found]
     raise Unavailable("there is no C compiler, for example: apt install gcc")
@@ -102,7 +116,15 @@ def _compiler() -> list[str]:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_COMPILE_SECONDS,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"the C compiler does not run: {error}") from error
     if done.returncode:

@@ -25,8 +25,13 @@
 #define ROWS 4
 #else
 #define LANES 4
+#if defined(__x86_64__)
+#define KEYS 4
+#define ROWS 4
+#else
 #define KEYS 12
 #define ROWS 8
+#endif
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -47,8 +52,8 @@ static inline float sum_of(vec v) {
 }
 
 static inline vec larger(vec a, vec b) {
-    ints which = a > b;
-    return (vec)((which & (ints)a) | (~which & (ints)b));
+    ints which = b > a; /* false where one is not a number: then it is the first, so that it is passed on */
+    return (vec)((which & (ints)b) | (~which & (ints)a));
 }
 
 /* e^x to two units in the last place for -87 < x < 88; below 0, above infinity's neighbour. Range reduction by Cody and

@@ -527,7 +527,9 @@ def _compiles(setting: str, device: torch.device, dtype: torch.dtype) -> bool:
     Raises:
         DeviceError: They are to be, and cannot.
     """
-    missing = why_no_compiler(device) if setting != "off" else ""
+    if setting == "auto" and (device.type == "mps" or why_no_native(device, dtype) is None):
+        return False
+    missing = why_no_compiler(device) if setting != "off" else None
     if setting == "on" and missing is not None:
-        raise DeviceError(f"compile = on cannot be done here: {missing}", hint='--no-compile, or compile = "auto"')
-    return setting == "on" or (setting == "auto" and missing is None and why_no_native(device, dtype) is not None)
+        raise DeviceError(f"the network cannot be compiled here: {missing}", hint="leave --compile out")
+    return setting != "off" and missing is None

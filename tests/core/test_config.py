@@ -115,3 +115,14 @@ def test_override():
 
 def test_defaults_are_valid():
     assert FlowConfig() and TrainConfig()
+
+
+def test_compile_is_a_word_or_a_bool() -> None:
+    config = load_preset("nano")
+    assert config.training.compile == "auto" and load_preset("debug").training.compile == "off"
+    assert config.override("training", compile=True).training.compile == "on"
+    assert config.override("training", compile=False).training.compile == "off"
+    old = {"training": {"compile": True}}
+    assert RunConfig.from_dict(old, "an old file").training.compile == "auto"
+    with pytest.raises(ConfigError, match="cannot be 'always'"):
+        config.override("training", compile="always")

@@ -18,21 +18,45 @@ from physformer_core.native.build import Unavailable, load_library
 def why_not() -> str | None:
     """Why the kernels cannot run in this process, in a few words, or None if they can. The first call may compile them,
     which takes a second or two."""
-    from physformer_core.model.native.probe import verified
+    from physformer_core.model.native.probe import first_wrong
 
     try:
         load_library()
     except Unavailable as reason:
         return str(reason)
-    return None if verified() else "compiled, they fail their own test on this processor"
+    wrong = first_wrong()
+    return None if wrong is None else f"compiled, {wrong} fails its own test on this processor"
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether these tensors can be worked on here and now: float32 on a CPU, not while a graph is compiled, and with
-    kernels that can run."""
-    if torch.compiler.is_compiling():
+    """Whether these tensors can be worked on here and now: float32 on a CPU, with memory of their own (not fake, not
+    parts of ranks), not while a graph is made, and with kernels that can run."""
+    if graph_is_made():
         return False
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and why_not() is None
+    return all(map(_is_plain, tensors)) and why_not() is None
+
+
+def graph_is_made() -> bool:
+    """Whether torch is compiling or exporting: then there is nothing yet that a kernel could work on."""
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    kind = type(tensor) in (Tensor, torch.nn.Parameter)
+    return kind and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def _checked(tensor: Tensor, *shape: int) -> Tensor:
+    """The tensor, laid out as C reads it; sides of 1 become as long as they are wanted.
+
+    Raises:
+        ValueError: It has another shape, or is not what `takes` takes.
+    """
+    if not _is_plain(tensor):
+        raise ValueError(f"kernels in C want float32 on a CPU, not {tensor.dtype} on {tensor.device}")
+    if tensor.ndim != len(shape) or any(one not in (1, side) for one, side in zip(tensor.shape, shape, strict=True)):
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} where {shape} is wanted")
+    return tensor.expand(shape).contiguous()
 
 
 def norm_modulate(hidden_states: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
@@ -43,7 +67,9 @@ def norm_modulate(hidden_states: Tensor, scale: Tensor, shift: Tensor, epsilon: 
         scale, shift: [B, 1, dim].
         epsilon: Added to the mean square.
     """
-    return _NormModulate.apply(hidden_states, scale, shift, epsilon)
+    batch, tokens, dim = hidden_states.shape
+    h = _checked(hidden_states, batch, tokens, dim)
+    return _NormModulate.apply(h, _checked(scale, batch, 1, dim), _checked(shift, batch, 1, dim), epsilon)
 
 
 def renormalized_update(hidden_states: Tensor, output: Tensor, gate: Tensor, tiny: float, opposed: float) -> Tensor:
@@ -55,7 +81,9 @@ def renormalized_update(hidden_states: Tensor, output: Tensor, gate: Tensor, tin
         tiny: Energy below which a token stays.
         opposed: Share of its energy below which what the sum has left points nowhere, so that it stays.
     """
-    return _RenormalizedUpdate.apply(hidden_states, output, gate, tiny, opposed)
+    batch, tokens, dim = hidden_states.shape
+    h, output = (_checked(t, batch, tokens, dim) for t in (hidden_states, output))
+    return _RenormalizedUpdate.apply(h, output, _checked(gate, batch, 1, dim), tiny, opposed)
 
 
 def norm_rotate(content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
@@ -67,6 +95,11 @@ def norm_rotate(content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, epsilon
         cos, sin: [1, N, 1, turning / 2], without gradients.
         epsilon: Added to the mean square.
     """
+    batch, tokens, heads, dim = content.shape
+    if 2 * cos.shape[-1] > dim:
+        raise ValueError(f"{cos.shape[-1]} pairs cannot turn in {dim} dimensions")
+    content, gain = _checked(content, batch, tokens, heads, dim), _checked(gain, dim)
+    cos, sin = (_checked(t, 1, tokens, 1, cos.shape[-1]) for t in (cos, sin))
     return _NormRotate.apply(content, gain, cos, sin, epsilon)
 
 
@@ -74,12 +107,12 @@ def rms_norm(content: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     """``rms_norm(content) * gain`` over the last dimension of [B, ..., dim]."""
     rows = content.flatten(1, -2).unsqueeze(2)
     nothing = rows.new_empty(1, rows.shape[1], 1, 0)
-    return _NormRotate.apply(rows, gain, nothing, nothing, epsilon).view(content.shape)
+    return norm_rotate(rows, gain, nothing, nothing, epsilon).view(content.shape)
 
 
 def gated_linear(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of [..., 2 * hidden] -> [..., hidden]."""
-    return _GatedLinear.apply(gate_up)
+    return _GatedLinear.apply(_checked(gate_up, *gate_up.shape))
 
 
 def window_attention(
@@ -111,11 +144,18 @@ def window_attention(
     if has_torch_function((query,)):  # so that what counts operations hears of it
         arguments = (query, key, value, text_key, text_value, drift_hc, sigma_h, grid)
         return handle_torch_function(window_attention, (query,), *arguments)
-    batch, _, heads, content = query.shape
-    assert value.shape[-1] == content + GEOMETRY_DIM
+    batch, tokens, heads, content = query.shape
+    dim = content + GEOMETRY_DIM
+    if tokens != grid.height * grid.width or content < GEOMETRY_DIM:
+        raise ValueError(f"{tokens} tokens of {content} dimensions on a grid of {grid.height} by {grid.width}")
+    text = 0 if text_key is None else text_key.shape[2]
     if text_key is None or text_value is None:
-        text_key = text_value = value.new_empty(batch, heads, 0, value.shape[-1])
-    return _WindowAttention.apply(query, key, value, text_key, text_value, drift_hc, sigma_h, grid)
+        text_key = text_value = value.new_empty(batch, heads, 0, dim)
+    query, key = (_checked(t, batch, tokens, heads, content) for t in (query, key))
+    text_key, text_value = (_checked(t, batch, heads, text, dim) for t in (text_key, text_value))
+    kernel = _checked(drift_hc, heads, 2), _checked(sigma_h, heads)
+    value = _checked(value, batch, tokens, heads, dim)
+    return _WindowAttention.apply(query, key, value, text_key, text_value, *kernel, grid)
 
 
 def attention_flops(pairs: int, heads: int, head_dim: int) -> int:
@@ -125,6 +165,8 @@ def attention_flops(pairs: int, heads: int, head_dim: int) -> int:
 
 
 def _pointers(*tensors: Tensor) -> list[int]:
+    """Addresses, good for as long as somebody else holds the tensors."""
+    assert all(t.is_contiguous() for t in tensors)
     return [t.data_ptr() for t in tensors]
 
 
@@ -139,7 +181,6 @@ def _parts(tokens: int) -> int:
 class _NormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
-        h, scale, shift = h.contiguous(), scale.contiguous(), shift.contiguous()
         out = torch.empty_like(h)
         load_library().norm_modulate(*_pointers(h, scale, shift, out), *h.shape, epsilon, _threads())
         ctx.save_for_backward(h, scale)
@@ -160,7 +201,6 @@ class _NormModulate(torch.autograd.Function):
 class _RenormalizedUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, output: Tensor, gate: Tensor, tiny: float, opposed: float) -> Tensor:
-        h, output, gate = h.contiguous(), output.contiguous(), gate.contiguous()
         out = torch.empty_like(h)
         load_library().renormalized_update(*_pointers(h, output, gate, out), *h.shape, tiny, opposed, _threads())
         ctx.save_for_backward(h, output, gate)
@@ -181,7 +221,6 @@ class _RenormalizedUpdate(torch.autograd.Function):
 class _NormRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
-        content, gain, cos, sin = content.contiguous(), gain.contiguous(), cos.contiguous(), sin.contiguous()
         out = torch.empty_like(content)
         pointers = _pointers(content, gain, cos, sin, out)
         load_library().norm_rotate(*pointers, *content.shape, 2 * cos.shape[-1], epsilon, _threads())
@@ -203,7 +242,6 @@ class _NormRotate(torch.autograd.Function):
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        gate_up = gate_up.contiguous()
         hidden = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], hidden)
         load_library().gated_linear(*_pointers(gate_up, out), out.numel() // hidden, hidden, _threads())
@@ -223,8 +261,7 @@ class _GatedLinear(torch.autograd.Function):
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        grid: BlockGrid = arguments[-1]
-        tensors = [t.contiguous() for t in arguments[:-1]]
+        *tensors, grid = arguments
         value = tensors[2]
         out, norm = torch.empty_like(value), value.new_empty(value.shape[:-1])
         sizes, scratch = _sizes(tensors, grid)
@@ -242,7 +279,8 @@ class _WindowAttention(torch.autograd.Function):
         grads = [torch.empty_like(query), *map(torch.zeros_like, (key, value, text_key, text_value))]
         grads += [t.new_zeros(query.shape[0], *t.shape) for t in (drift_hc, sigma_h)]
         sizes, scratch = _sizes(tensors, ctx.grid)
-        pointers = _pointers(grad.contiguous(), *tensors, out, norm, *grads, scratch)
+        grad = grad.contiguous()  # a name of its own, so that it lives as long as the call
+        pointers = _pointers(grad, *tensors, out, norm, *grads, scratch)
         load_library().window_attention_back(*pointers, *sizes)
         return *grads[:5], grads[5].sum(0), grads[6].sum(0), None
 

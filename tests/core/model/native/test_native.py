@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import os
+import platform
 import stat
 from pathlib import Path
 
 import pytest
 import torch
 
+from physformer_core.model.geometry import BlockGrid
 from physformer_core.model.native import ops, probe
 from physformer_core.model.updates import OPPOSED, TINY, renormalized_update
 from physformer_core.native import build
 from physformer_core.native.build import SWITCH, Unavailable, load_library
 
-NAMES = [
-    "norm_modulate",
-    "renormalized_update",
-    "norm_rotate",
-    "rms_norm",
-    "gated_linear",
-    "attention of 9",
-    "attention of 24",
-]
+CASES = probe.cases() if ops.why_not() is None else []
 needs_kernels = pytest.mark.skipif(ops.why_not() is not None, reason=str(ops.why_not()))
 
 
@@ -36,9 +30,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", range(len(NAMES)), ids=NAMES)
-def test_results_and_gradients_are_torchs(case: int) -> None:
-    kernel, written, inputs = probe.cases()[case]
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_results_and_gradients_are_torchs(case: probe.Case) -> None:
+    kernel, written, inputs = case.kernel, case.written, case.inputs
     found, wanted = kernel(*inputs), written(*inputs)
     assert (found - wanted).abs().max() <= 3e-6 * wanted.abs().max().clamp_min(1)
     leaves = [t.clone().requires_grad_() for t in inputs]
@@ -50,9 +44,108 @@ def test_results_and_gradients_are_torchs(case: int) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", range(len(NAMES)), ids=NAMES)
-def test_threads_do_not_change_a_bit(case: int) -> None:
-    kernel, _, inputs = probe.cases()[case]
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("layout", ["expanded", "transposed"])
+def test_gradients_may_lie_in_any_order(case: probe.Case, layout: str) -> None:
+    leaves = [t.clone().requires_grad_() for t in case.inputs]
+    result = case.kernel(*leaves)
+    if layout == "expanded":
+        given = torch.full((1,) * result.ndim, 0.5).expand(result.shape)
+    else:
+        given = torch.randn(result.shape[::-1], generator=torch.Generator().manual_seed(2)).permute(
+            *reversed(range(result.ndim))
+        )
+    ballast = [torch.full_like(result, torch.nan) for _ in range(8)]  # what is freed too early is not what it was
+    del ballast
+    found = torch.autograd.grad(result, leaves, given, retain_graph=True)
+    wanted = torch.autograd.grad(result, leaves, given.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@needs_kernels
+def test_what_is_one_for_all_pictures_is_one_for_all(build, prompt_of) -> None:
+    """Timestep, level and prompt of batch 1 beside four pictures, as torch's own operations allow."""
+    model = build()
+    z = torch.randn(4, 3, 50, 50, generator=torch.Generator().manual_seed(3))
+    prompt = prompt_of(model, 1)
+    with torch.no_grad():
+        found = model(z, torch.tensor([0.4]), prompt, torch.tensor([1])).sample
+        wanted = model(z, torch.full((4,), 0.4), prompt.repeat(torch.zeros(4, dtype=torch.long)), torch.ones(4).long())
+    assert (found - wanted.sample).abs().max() < 1e-4 * found.abs().max()
+
+
+@needs_kernels
+def test_other_shapes_and_types_are_refused() -> None:
+    ones = torch.ones(2, 6, 4)
+    with pytest.raises(ValueError, match=r"\(3, 1, 4\) where \(2, 1, 4\)"):
+        ops.norm_modulate(ones, torch.ones(3, 1, 4), torch.ones(2, 1, 4), 1e-6)
+    with pytest.raises(ValueError, match="float32"):
+        ops.gated_linear(ones.double())
+    query, value = torch.ones(1, 6, 1, 8), torch.ones(1, 6, 1, 16)
+    drift, sigma = torch.zeros(1, 2), torch.ones(1)
+    with pytest.raises(ValueError, match="6 tokens"):
+        grid = BlockGrid(height=3, width=3, block=4, radius=2)
+        ops.window_attention(query, query, value, None, None, drift, sigma, grid)
+    text = torch.ones(1, 1, 3, 16)
+    with pytest.raises(ValueError, match="where"):
+        grid = BlockGrid(height=2, width=3, block=4, radius=2)
+        ops.window_attention(query, query, value, text, text[:, :, :2], drift, sigma, grid)
+
+
+@needs_kernels
+def test_what_is_not_a_number_is_not_hidden() -> None:
+    grid = BlockGrid(height=2, width=3, block=4, radius=2)
+    query, value = torch.ones(1, 6, 1, 8), torch.ones(1, 6, 1, 16)
+    query[0, 2] = torch.nan
+    found = ops.window_attention(
+        query, torch.ones(1, 6, 1, 8), value, None, None, torch.zeros(1, 2), torch.ones(1), grid
+    )
+    assert found[0, 2].isnan().all() and found.isfinite().sum() == 5 * 16
+    assert ops.gated_linear(torch.full((1, 40), torch.nan)).isnan().all()
+
+
+@needs_kernels
+def test_no_default_of_the_process_reaches_the_probe() -> None:
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            assert probe.first_wrong() is None
+    finally:
+        torch.set_default_dtype(before)
+
+
+@needs_kernels
+def test_where_a_graph_is_made_torch_does_it(build, prompt_of) -> None:
+    model = build()
+    prompt = prompt_of(model, 1)
+    z = torch.randn(1, 3, 20, 20, generator=torch.Generator().manual_seed(4))
+
+    class Drawing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return self.model(z, torch.tensor([0.5]), prompt, torch.tensor([1])).sample
+
+    exported = torch.export.export(Drawing(), (z,)).module()
+    with torch.no_grad():
+        assert (exported(z) - Drawing()(z)).abs().max() < 1e-4
+
+
+@needs_kernels
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+@pytest.mark.parametrize("flag", ["-march=x86-64-v3", "-march=x86-64-v2"])
+def test_narrower_registers_give_the_same(fresh: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, flag))
+    assert probe.first_wrong() is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_threads_do_not_change_a_bit(case: probe.Case) -> None:
+    kernel, inputs = case.kernel, case.inputs
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -141,8 +234,35 @@ def test_why_there_are_none(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "no C compiler" in reason()
-    monkeypatch.setenv(SWITCH, "0")
+    monkeypatch.setenv("CC", 'gcc "x')
+    assert "quotation" in reason()
+    monkeypatch.setenv(SWITCH, "off")
     assert SWITCH in reason()
+
+
+@needs_kernels
+def test_what_others_could_have_written_is_not_loaded(fresh: Path) -> None:
+    load_library()
+    (library,) = fresh.iterdir()
+    assert fresh.stat().st_mode & 0o777 == 0o700
+    library.chmod(0o666)
+    load_library.cache_clear()
+    with pytest.raises(Unavailable, match="others may write it"):
+        load_library()
+
+
+@needs_kernels
+def test_without_a_home_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(build, "cache_folder", nowhere)
+    load_library.cache_clear()
+    try:
+        with pytest.raises(Unavailable, match="home directory"):
+            load_library()
+    finally:
+        load_library.cache_clear()
 
 
 @needs_kernels
@@ -159,10 +279,10 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch,
 
 @needs_kernels
 def test_a_kernel_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert probe.verified()
+    assert probe.first_wrong() is None
     right = ops.gated_linear
     monkeypatch.setattr(ops, "gated_linear", lambda gate_up: right(gate_up) * 1.001)
-    assert not probe.verified()
+    assert probe.first_wrong() == "gated_linear"
 
 
 @needs_kernels
