@@ -221,7 +221,10 @@ def generate(
 def _draw_all(plan: Plan, options: Options, run: RunRecorder) -> None:
     """Loads the network, draws batch after batch, and tells what was written, to the last file before a stop."""
     from physformer_core.checkpoints import load_pipeline
+    from physformer_core.model.attention import kernels_missed
 
+    if not options.quiet and (reason := kernels_missed(plan.device, plan.dtype)) is not None:
+        console.warn(f"kernels in C do not run, so this takes up to twice as long: {reason}")
     written: list[dict[str, Any]] = []
     started = time.monotonic()
     try:

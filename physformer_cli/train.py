@@ -350,6 +350,7 @@ def _announce(trainer: Trainer, data: Path) -> None:
     import torch
 
     from physformer_core.hardware import has_fast_bfloat16
+    from physformer_core.model.attention import kernels_missed
 
     settings, shards = trainer.config.training, trainer.shards
     number = sum(p.numel() for p in trainer.model.parameters())
@@ -362,6 +363,8 @@ def _announce(trainer: Trainer, data: Path) -> None:
         f"{settings.batch_size} from {shards.count('base')} pictures and {shards.count('crop')} crops"
         + ("" if trainer.ranks.alone else f", {trainer.ranks.world_size} processes ({trainer.parallel})")
     )
+    if (reason := kernels_missed(trainer.device, trainer.dtype)) is not None:
+        console.warn(f"kernels in C do not run, so large fields train several times slower: {reason}")
     if trainer.dtype == torch.bfloat16 and not has_fast_bfloat16(trainer.device):
         console.warn(f"bf16 is slower than fp32 here: {trainer.device} has no hardware for it")
     if trainer.dtype == torch.float16 and trainer.device.type == "cpu":

@@ -46,6 +46,7 @@ from physformer_core.model.geometry import (
     window_coordinates,
 )
 from physformer_core.model.native import ops as native
+from physformer_core.native.build import switched_off
 
 Backend = Literal["auto", "reference", "dense", "halo", "native", "flex"]
 
@@ -136,6 +137,12 @@ def why_no_native(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return "its kernels are for float32"
     return native.why_not()
+
+
+def kernels_missed(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``native`` does not run where it is made for, in a few words; None if it does, or nobody expects it to."""
+    made_for = device.type == "cpu" and dtype == torch.float32
+    return native.why_not() if made_for and not switched_off() else None
 
 
 def _takes_flex(grid: BlockGrid, device: torch.device) -> bool:

@@ -56,6 +56,11 @@ class Unavailable(Exception):
     """Why there are no kernels, in a few words."""
 
 
+def switched_off() -> bool:
+    """Whether the user wants none."""
+    return os.environ.get(SWITCH, "1").lower() in ("0", "false", "off", "no")
+
+
 @functools.cache
 def load_library() -> ctypes.CDLL:
     """The compiled kernels, compiled now if they were not yet.
@@ -63,7 +68,7 @@ def load_library() -> ctypes.CDLL:
     Raises:
         Unavailable: They are switched off, or cannot be compiled, kept or loaded.
     """
-    if os.environ.get(SWITCH, "1").lower() in ("0", "false", "off", "no"):
+    if switched_off():
         raise Unavailable(f"{SWITCH}={os.environ[SWITCH]} leaves them out")
     try:
         path = _compiled()

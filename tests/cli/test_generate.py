@@ -255,6 +255,15 @@ def test_from_another_version_warns(generate, monkeypatch):
     assert ending.code == 0 and "made with physformer 0" in ending.err and "torch" in ending.err
 
 
+@pytest.mark.usefixtures("without_native")
+def test_without_kernels_in_c_it_says_why_it_is_slow(generate, monkeypatch):
+    assert "do not run, so this takes up to twice as long: left out by a test" in " ".join(
+        generate("a cat").err.split()
+    )
+    monkeypatch.setenv("PHYSFORMER_NATIVE", "0")
+    assert "kernels" not in generate("a cat").err
+
+
 def test_from_other_kernels_warns(generate, monkeypatch):
     generate("a cat", "-o", "cat.png")
     assert "kernels" not in generate("--from", "cat.png", size=()).err
