@@ -100,6 +100,7 @@ def _compiled() -> Path:
         with atomic_write(path) as temporary:
             units = [str(_FOLDER / name) for name in SOURCES if name.endswith(".c")]
             _run([*compiler, *flags, *units, "-o", str(temporary), "-lm"])
+            temporary.chmod(0o700)  # many a umask lets one's group write
     for one in (folder, path):
         facts = one.stat()
         if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:

@@ -241,6 +241,17 @@ def test_why_there_are_none(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @needs_kernels
+def test_a_umask_that_lets_the_group_write_is_no_hindrance(fresh: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        load_library()
+    finally:
+        os.umask(before)
+    (library,) = fresh.iterdir()
+    assert library.stat().st_mode & 0o777 == 0o700
+
+
+@needs_kernels
 def test_what_others_could_have_written_is_not_loaded(fresh: Path) -> None:
     load_library()
     (library,) = fresh.iterdir()
