@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from physformer_cli import console
+from physformer_cli.interruptions import held_back
 from physformer_cli.generate_plan import Options, Plan, check_combinations, make_plan
 
 if TYPE_CHECKING:
@@ -280,18 +281,21 @@ def _draw_batch(
         images = preview_images(pipeline, event)
         for number, name in wished.items():
             image = images[numbers.index(number)]
-            path, sha256 = write_picture(preview_name(name, event.level), image, metadata(number, event.level))
-            run.add_output(path, sha256=sha256)
+            facts = metadata(number, event.level)
+            with held_back():
+                path, sha256 = write_picture(preview_name(name, event.level), image, facts)
+                run.add_output(path, sha256=sha256)
 
     images = draw_batch(pipeline, batch, on_step=shown.step, on_level=on_level)
     for number, name in wished.items():
         facts = metadata(number)
-        path, sha256 = write_picture(name, images[numbers.index(number)], facts, claimed=options.preview)
-        run.add_output(path, sha256=sha256)
         line = plan.pictures[number].line
-        written.append(
-            {"file": str(path), "sha256": sha256, **({"line": line} if line else {}), "metadata": facts.as_dict()}
-        )
+        with held_back():  # a picture that is there is told of, whenever the command is stopped
+            path, sha256 = write_picture(name, images[numbers.index(number)], facts, claimed=options.preview)
+            run.add_output(path, sha256=sha256)
+            written.append(
+                {"file": str(path), "sha256": sha256, **({"line": line} if line else {}), "metadata": facts.as_dict()}
+            )
 
 
 def _show(plan: Plan, options: Options) -> None:
