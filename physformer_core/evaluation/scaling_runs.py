@@ -192,7 +192,7 @@ def read_run(folder: Path, loss: str = "base") -> ScalingPoint:
         model = PhysFormerTransformer2DModel(**known)
     side = max(1, round(math.sqrt(area) / model.config.patch_size))
     examples = done * batch_size
-    flops = training_flops(model, side, side, PROMPT_TOKENS) * examples
+    flops = training_flops(model, side, side, PROMPT_TOKENS, base=loss == "base") * examples
     return ScalingPoint(folder.name, sum(p.numel() for p in model.parameters()), examples, flops, float(values[-1]))
 
 

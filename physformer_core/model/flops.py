@@ -22,6 +22,7 @@ _PER_PROMPT_TOKEN = ("text_embed", "text_blocks.", "add_k_proj", "add_v_proj")
 _PER_PICTURE = ("condition_embed.", "modulation")
 _OF_DATA = ("patch_embed.proj1", "patch_embed.place", "condition_embed.time1")
 """Layers whose input is data: nothing flows back through them into it."""
+_REFINER = "refiner."
 
 
 def prompt_flops(model: PhysFormerTransformer2DModel, tokens: int) -> int:
@@ -33,17 +34,20 @@ def prompt_flops(model: PhysFormerTransformer2DModel, tokens: int) -> int:
     return linear + len(model.text_blocks) * 2 * (2 * tokens * tokens * width)
 
 
-def picture_flops(model: PhysFormerTransformer2DModel, height: int, width: int, prompt_tokens: int) -> int:
+def picture_flops(
+    model: PhysFormerTransformer2DModel, height: int, width: int, prompt_tokens: int, *, base: bool = False
+) -> int:
     """Operations of one evaluation of the network for one picture.
 
     Args:
         model: On any device, meta included.
         height, width: Size of the field in tokens.
         prompt_tokens: Tokens that the attention reads besides the picture's own.
+        base: Whether it is level 0, which the refiner works on where there is one.
     """
-    linear = 0
+    linear = refiner_flops(model, height, width) if base else 0
     for name, layer in _linears(model):
-        if _is(name, _PER_PROMPT_TOKEN):
+        if _is(name, _PER_PROMPT_TOKEN) or name.startswith(_REFINER):
             continue
         rows = 1 if _is(name, _PER_PICTURE) else height * width
         linear += 2 * _size(layer) * rows
@@ -52,16 +56,38 @@ def picture_flops(model: PhysFormerTransformer2DModel, height: int, width: int, 
     )
 
 
-def training_flops(model: PhysFormerTransformer2DModel, height: int, width: int, prompt_tokens: int) -> int:
+def refiner_flops(model: PhysFormerTransformer2DModel, height: int, width: int) -> int:
+    """Operations of the refiner on a field of height x width tokens; 0 where there is none.
+
+    A convolution costs 2 C k^2 C' for each element it gives, of which the convolutions at full resolution give p^2 a
+    token, the others (``down``, ``inner``, ``up``) a quarter of that.
+    """
+    if model.refiner is None:
+        return 0
+    tokens, flops = height * width, 0
+    for name, layer in model.refiner.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            pixels = tokens * model.config.patch_size**2 // (4 if name.startswith(("down", "inner", "up")) else 1)
+            flops += 2 * layer.weight.numel() * pixels
+        elif isinstance(layer, nn.Linear):
+            flops += 2 * _size(layer) * (1 if _is(name, _PER_PICTURE) else tokens)
+    return flops
+
+
+def training_flops(
+    model: PhysFormerTransformer2DModel, height: int, width: int, prompt_tokens: int, *, base: bool = False
+) -> int:
     """Operations of forward and backward for one example.
 
     Going back, each product is done twice more: once for the gradient of the weight (or the keys), once for that of
     the input (or the queries); of layers on data only the first, of frozen layers only the second. Fused attention
     recomputes its logits on top: that is not counted, as it is no work of the model's.
     """
-    forward = picture_flops(model, height, width, prompt_tokens) + prompt_flops(model, prompt_tokens)
+    forward = picture_flops(model, height, width, prompt_tokens, base=base) + prompt_flops(model, prompt_tokens)
     unneeded = 0
     for name, layer in _linears(model):
+        if name.startswith(_REFINER) and not base:
+            continue
         rows = prompt_tokens if _is(name, _PER_PROMPT_TOKEN) else 1 if _is(name, _PER_PICTURE) else height * width
         unneeded += 2 * _size(layer) * rows * (_is(name, _OF_DATA) + (not layer.weight.requires_grad))
     return 3 * forward - unneeded

@@ -39,6 +39,7 @@ from physformer_core.model.geometry import (
     rotary_angles,
 )
 from physformer_core.model.native import ops as native
+from physformer_core.model.refiner import PhysFormerRefiner
 from physformer_core.model.reversible import run_reversibly
 from physformer_core.model.updates import OPPOSED, TINY, ResidualForm, renormalized_update, residual_form
 
@@ -297,6 +298,7 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         max_drift, max_sigma: Bounds in tokens.
         drift: Whether heads drift.
         residual: How sublayers change tokens, and what that conserves: a name in `updates.RESIDUALS`.
+        refiner_channels: Width of the `PhysFormerRefiner` of level 0; 0 for none.
     """
 
     _supports_gradient_checkpointing = True
@@ -328,6 +330,7 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         max_sigma: float = 3.0,
         drift: bool = True,
         residual: str = "leapfrog_renormalized",
+        refiner_channels: int = 0,
     ) -> None:
         super().__init__()
         head_dim, remainder = divmod(hidden_size, num_heads)
@@ -344,6 +347,11 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
                 f"max_drift {max_drift} or max_sigma {max_sigma} is out of range",
                 hint=f"max_drift must be above 1, max_sigma above 0.3 and at most {FLAT_SIGMA:g}",
             )
+        if refiner_channels < 0 or (refiner_channels and patch_size % 2):
+            raise ConfigError(
+                f"refiner_channels {refiner_channels} with patches of {patch_size} cannot be",
+                hint="0 for none; the refiner halves patches, so their side must be even",
+            )
         self.form = residual_form(residual)
         self.patch_embed = PhysFormerPatchEmbed(in_channels, patch_size, hidden_size, bottleneck)
         self.condition_embed = PhysFormerConditionEmbed(hidden_size, pooled_dim, max_levels, num_classes)
@@ -358,6 +366,9 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
             for _ in range(num_layers)
         )
         self.final_layer = PhysFormerFinalLayer(hidden_size, patch_size, in_channels)
+        self.refiner = (
+            PhysFormerRefiner(in_channels, hidden_size, patch_size, refiner_channels) if refiner_channels else None
+        )
         self.null_prompt = nn.Parameter(torch.randn(null_tokens, text_dim))
         self.null_pooled = nn.Parameter(torch.randn(pooled_dim))
         self.attention_backend: Backend = "auto"
@@ -371,10 +382,16 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5, a=-1.0, b=1.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5, a=-1.0, b=1.0)
+                nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 # Unit size: levels ask for different outputs of one network and must be told apart from the start.
                 nn.init.normal_(module.weight)
         modulations = [module.modulation for module in self.modules() if isinstance(module, PhysFormerBlock)]
+        if self.refiner is not None:
+            inner, outer = self.refiner.inner, self.refiner.outer
+            modulations += [inner.modulation, outer.modulation, inner.conv2, outer.conv2, self.refiner.leave]
         for zero in (self.final_layer.modulation, self.final_layer.proj_out, *modulations):
             nn.init.zeros_(zero.weight)
 
@@ -459,6 +476,7 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         if height % patch or width % patch:
             raise ValueError(f"a field of {height}x{width} is not whole patches of {patch}")
         dtype = self.patch_embed.proj1.weight.dtype
+        is_base = coarse_hidden_states is None
         if coarse_hidden_states is None:
             coarse_hidden_states = torch.zeros_like(hidden_states)
         if place is None:
@@ -484,4 +502,6 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
         tokens = (streams[0] + streams[1]) / 2 if len(streams) == 2 else streams[0]
         tokens = tokens.unflatten(1, (height // patch, width // patch))
         sample = self.final_layer(tokens, temb)
+        if is_base and self.refiner is not None:
+            sample = self.refiner(sample, hidden_states, tokens, temb)
         return PhysFormerTransformer2DOutput(sample=sample) if return_dict else (sample,)

@@ -68,7 +68,10 @@ class Gradients:
         self._module = _LossModule(model)
         self._copied: DistributedDataParallel | None = None
         if parallel == "ddp":
-            self._copied = DistributedDataParallel(self._module, gradient_as_bucket_view=True)
+            # On steps of crops, nothing asks the refiner of level 0.
+            self._copied = DistributedDataParallel(
+                self._module, gradient_as_bucket_view=True, find_unused_parameters=model.refiner is not None
+            )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

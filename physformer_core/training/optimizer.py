@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
     keeps its part: the result is that of one process.
 
     Args:
-        params: Two-dimensional parameters.
+        params: Matrices, and kernels of convolutions, which are matrices from patches to channels.
         lr: Learning rate, on AdamW's scale.
         momentum: Nesterov momentum.
         weight_decay: Decoupled.
@@ -89,26 +89,31 @@ class Muon(torch.optim.Optimizer):
                     buffer = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
                     updates.append(param.grad.lerp(buffer, group["momentum"]))
                 # What is orthogonal is the whole matrix: a rank that holds some of its rows needs the others'.
-                matrices = torch.stack([whole(update) for update in updates])
+                matrices = torch.stack([whole(update).flatten(1) for update in updates])
                 directions = orthogonalize(matrices, self.newton_schulz_steps, self.newton_schulz_dtype)
-                scale = -group["lr"] * 0.2 * math.sqrt(max(shape))
+                scale = -group["lr"] * 0.2 * math.sqrt(max(matrices.shape[1:]))
+                directions = directions.unflatten(2, shape[1:])
                 for param, direction in zip(params, directions, strict=True):
                     param.mul_(1 - group["lr"] * group["weight_decay"])
                     param.add_(divided_like(direction, param), alpha=scale)
 
 
+_NOT_MATRICES = ("modulation", "logit", "lora_", "refiner.enter", "refiner.leave")
+"""Parts of names within blocks that Muon leaves alone."""
+
+
 def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Named parameters for Muon (matrices within blocks, but not modulation) and for AdamW (the rest).
 
-    Frozen ones are left out. The two thin factors of an adapter go to AdamW: their product is what acts, and
+    The refiner counts as a block but for its first and last convolution, as the network's do not either. Frozen ones are left out. The two thin factors of an adapter go to AdamW: their product is what acts, and
     orthogonal factors would make every direction of it equally large.
     """
     muon, adamw = {}, {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        in_block = name.startswith(("blocks.", "text_blocks."))
-        if in_block and param.ndim == 2 and not any(part in name for part in ("modulation", "logit", "lora_")):
+        in_block = name.startswith(("blocks.", "text_blocks.", "refiner."))
+        if in_block and param.ndim in (2, 4) and not any(part in name for part in _NOT_MATRICES):
             muon[name] = param
         else:
             adamw[name] = param

@@ -239,6 +239,11 @@ class Trainer:
                 f"'{init_from}' holds other weights than its configuration describes: {wrong[0]}",
                 hint="copy the checkpoint again",
             )
+        if arguments.get("refiner_channels") and not model.config.refiner_channels:
+            # Zero at first: training goes on from the very pictures of the checkpoint.
+            plain, given = model.state_dict(), {key: value for key, value in model.config.items() if key[0] != "_"}
+            model = PhysFormerTransformer2DModel(**given | {"refiner_channels": arguments["refiner_channels"]})
+            model.load_state_dict(model.state_dict() | plain)
         self._check_model(model, arguments, init_from)
         return model
 

@@ -31,17 +31,17 @@ class WorkMeter:
 
     def step(self, batch: Batch) -> int:
         """Operations of a step: a batch's forward and backward pass, and the optimizer."""
-        return batch.pixels_bchw.shape[0] * self._of_shape(*batch_shape(self._model, batch)) + self._update
+        return batch.pixels_bchw.shape[0] * self._of_shape(*batch_shape(self._model, batch), batch.kind) + self._update
 
 
 def batch_flops(model: PhysFormerTransformer2DModel, batch: Batch) -> int:
     """Operations of forward and backward on one batch."""
-    return batch.pixels_bchw.shape[0] * _picture_flops(model, *batch_shape(model, batch))
+    return batch.pixels_bchw.shape[0] * _picture_flops(model, *batch_shape(model, batch), batch.kind)
 
 
 def newton_schulz_flops(matrix: Tensor) -> int:
-    """Orthogonalising an m x n matrix, m <= n: per iteration X X^T (2 m^2 n), its square (2 m^3), that times X."""
-    m, n = sorted(matrix.shape)
+    """Orthogonalising an m x n matrix (or a kernel, as one), m <= n: per iteration X X^T (2 m^2 n), its square (2 m^3), that times X."""
+    m, n = sorted((matrix.shape[0], matrix[0].numel()))
     return NEWTON_SCHULZ_STEPS * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
 
 
@@ -54,6 +54,6 @@ def batch_shape(model: PhysFormerTransformer2DModel, batch: Batch) -> tuple[int,
     return height // patch, width // patch, tokens
 
 
-def _picture_flops(model: torch.nn.Module, height: int, width: int, tokens: int) -> int:
+def _picture_flops(model: torch.nn.Module, height: int, width: int, tokens: int, kind: str) -> int:
     assert isinstance(model, PhysFormerTransformer2DModel)
-    return training_flops(model, height, width, tokens)
+    return training_flops(model, height, width, tokens, base=kind == "base")

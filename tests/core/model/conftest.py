@@ -47,6 +47,8 @@ def open_gates(model: PhysFormerTransformer2DModel) -> PhysFormerTransformer2DMo
                 # Modest gates, as trained ones are: with large ones a block turns rounding into another picture.
                 gain = 0.15 if "blocks" in name and "modulation" in name else 0.5 if "final" in name else 1.0
                 parameter.copy_(gain * values * parameter.shape[1] ** -0.5)
+            elif parameter.ndim == 4:
+                parameter.copy_(values * parameter[0].numel() ** -0.5)
             else:
                 parameter.copy_(values)
     return model

@@ -408,7 +408,8 @@ def test_attention_can_be_cached_between_steps(build: Build, prompt_of: PromptOf
     "wrong",
     [
         {"hidden_size": 65}, {"hidden_size": 60}, {"block_size": 7}, {"radius": 0}, {"radius": 13}, {"residual": "x"},
-        {"max_drift": 1.0}, {"max_sigma": 0.3}, {"max_sigma": 40.0},
+        {"max_drift": 1.0}, {"max_sigma": 0.3}, {"max_sigma": 40.0}, {"refiner_channels": -1},
+        {"refiner_channels": 4, "patch_size": 3},
     ],
     ids=str,
 )  # fmt: skip

@@ -47,6 +47,19 @@ def test_operations_agree_with_torch(height, width, batch):
     assert prompt + forward + backward == batch * training_flops(model, height, width, tokens)
 
 
+@pytest.mark.usefixtures("without_native")
+def test_the_refiner_works_at_level_0_alone():
+    model = PhysFormerTransformer2DModel(**load_preset("debug").model | {"refiner_channels": 8})
+    embeds, mask, pooled = torch.randn(2, 16, 384), torch.ones(2, 16, dtype=torch.bool), torch.randn(2, 384)
+    field, time = torch.randn(2, 3, 32, 40, requires_grad=True), torch.rand(2)
+    encoded = model.encode_prompt(embeds, mask, pooled)
+    for base in (True, False):
+        level, coarse = torch.full((2,), int(not base)), None if base else field
+        forward = counted(lambda level=level, coarse=coarse: model(field, time, encoded, level, coarse).sample)
+        assert forward == 2 * picture_flops(model, 4, 5, 16, base=base)
+    assert picture_flops(model, 4, 5, 16, base=True) > picture_flops(model, 4, 5, 16)
+
+
 @pytest.mark.parametrize("backend", ["halo", NATIVE])
 def test_attention_is_linear_in_tokens(backend):
     model = PhysFormerTransformer2DModel(**load_preset("debug").model)

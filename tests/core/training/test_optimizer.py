@@ -1,6 +1,7 @@
 """Muon, the division of parameters between the optimizers, their state, and the schedule."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from physformer_core.training.optimizer import Muon, Optimizer, orthogonalize, s
 SHAPES = [(24, 24), (64, 16), (16, 64), (96, 24), (1, 8)]
 
 
-def model() -> PhysFormerTransformer2DModel:
+def model(**changes: Any) -> PhysFormerTransformer2DModel:
     torch.manual_seed(0)
-    return PhysFormerTransformer2DModel(**load_preset("debug").model)
+    return PhysFormerTransformer2DModel(**load_preset("debug").model | changes)
 
 
 def optimizer(network: nn.Module, name: str = "muon") -> Optimizer:
@@ -94,6 +95,18 @@ def test_muon_has_the_matrices_of_blocks_alone():
     assert {"blocks.0.attn.to_q.weight", "text_blocks.0.to_qkv.weight"} < muon.keys()
     assert all(p.ndim == 2 and name.startswith(("blocks.", "text_blocks.")) for name, p in muon.items())
     assert {"blocks.0.modulation.weight", "blocks.0.attn.drift_logit", "patch_embed.proj1.weight"} < adamw.keys()
+
+
+def test_muon_takes_kernels_as_matrices():
+    torch.manual_seed(0)
+    kernel = torch.nn.Parameter(torch.zeros(4, 3, 2, 2))
+    kernel.grad = torch.randn(4, 3, 2, 2)
+    Muon([kernel], lr=1.0, momentum=0.0).step()
+    values = torch.linalg.svdvals(kernel.detach().flatten(1)) / (0.2 * 12**0.5)
+    assert values.min() > 0.5 and values.max() < 1.3  # what the quintic calls orthogonal
+    muon, adamw = split_parameters(model(refiner_channels=4))
+    assert {"refiner.inner.conv1.weight", "refiner.down.weight", "refiner.tokens.weight"} < muon.keys()
+    assert {"refiner.enter.weight", "refiner.leave.weight", "refiner.outer.modulation.weight"} < adamw.keys()
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])

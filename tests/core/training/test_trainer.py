@@ -459,6 +459,21 @@ def test_init_from_another_residual_form(scene_set, final, tmp_path):
     assert all(torch.equal(p, average[name]) for name, p in model.named_parameters())
 
 
+def test_init_from_a_checkpoint_without_a_refiner(scene_set, final, tmp_path):
+    average = load_file(final / WEIGHTS)
+    config = load_preset("debug").override("model", refiner_channels=4).override("training", steps=3)
+    trainer = Trainer(config, scene_set, tmp_path / "a", device="cpu", init_from=final)
+    plain = Trainer(load_preset("debug"), scene_set, tmp_path / "b", device="cpu", init_from=final)
+    own = dict(trainer.model.named_parameters())
+    assert all(torch.equal(own[name], average[name]) for name in average)
+    assert trainer.validate() == plain.validate()  # it begins with the very same pictures
+    trainer.run()
+    assert own["refiner.leave.weight"].abs().max() > 0
+    with pytest.raises(ConfigError, match="has refiner_channels 4, this run 0"):
+        config = load_preset("debug").override("model", refiner_channels=0)
+        Trainer(config, scene_set, tmp_path / "c", device="cpu", init_from=trainer.checkpoint_dir / "step-00000003")
+
+
 def test_init_from_what_does_not_fit(scene_set, final, tmp_path):
     with pytest.raises(CheckpointError, match="cannot start from"):
         make(scene_set, tmp_path, init_from=tmp_path)
