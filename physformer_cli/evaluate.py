@@ -238,6 +238,9 @@ def prompts(
     checkpoint: CheckpointOption = None,
     num: Annotated[int, typer.Option(min=0, help="Prompts of single subjects, half of them in a place.")] = 200,
     relations: Annotated[int, typer.Option(min=0, help="Prompts of two things in a relation.")] = 100,
+    phrased: Annotated[
+        int, typer.Option(min=0, help="Prompts of single subjects in words of everyday, with synonyms.")
+    ] = 50,
     concepts: Annotated[
         str, typer.Option(metavar="all|everyday|NAME,...", help="What single subjects may be; compared with all.")
     ] = "all",
@@ -271,8 +274,8 @@ def prompts(
     Each picture is compared with clean renders of every scene concept; right means that its own concept is the nearest.
     The ceiling is the score of real scenes, the floor that of other pictures' prompts. Needs no network.
     """
-    if num + relations == 0:
-        raise ConfigError("--num 0 and --relations 0 leave nothing to measure")
+    if num + relations + phrased == 0:
+        raise ConfigError("--num 0, --relations 0 and --phrased 0 leave nothing to measure")
     _refuse_without_effect(
         [
             ("--concepts", concepts != "all" and not num, "--num 0"),
@@ -293,13 +296,16 @@ def prompts(
         from physformer_core.evaluation.pictures import draw_requests
         from physformer_core.evaluation.prompt_accuracy import (
             Judge,
-            chosen_concepts,
             judge_all,
             judged_table,
-            relation_cases,
             relation_report,
-            single_cases,
             single_report,
+        )
+        from physformer_core.evaluation.prompt_cases import (
+            chosen_concepts,
+            phrased_cases,
+            relation_cases,
+            single_cases,
         )
         from physformer_core.evaluation.prompt_sheet import prompt_sheet
         from physformer_core.files import next_free_name
@@ -307,11 +313,11 @@ def prompts(
 
         where = resolve_device(device)
         if contact_sheet is not None:  # told before an hour of drawing
-            sheet_size(num + relations, columns=8)
+            sheet_size(num + relations + phrased, columns=8)
         aspect = width / height
         singles = single_cases(num, seed, aspect=aspect, concepts=chosen_concepts(concepts))
         pairs = relation_cases(relations, seed, aspect=aspect)
-        cases = [*singles, *pairs]
+        cases = [*singles, *pairs, *phrased_cases(phrased, seed, aspect=aspect)]
         extractor = _extractor(features, feature_model, where)
         requests = _requests([(case.prompt, width, height) for case in cases], seed, steps, guidance)
         drawn = _drawn(found, requests, str(where), dtype, run)
@@ -329,7 +335,9 @@ def prompts(
         if singles:
             result["single"] = single_report(judged[:num], gallery.concepts)
         if pairs:
-            result["relations"] = relation_report(judged[num:])
+            result["relations"] = relation_report(judged[num : num + relations])
+        if phrased:
+            result["phrased"] = single_report(judged[num + relations :], gallery.concepts)
         result["recipe"] = {
             "concepts": concepts,
             "extractor": extractor.recipe(),

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from physformer_core.evaluation.scores import DistanceScore
 
 
+_COLUMNS = ("NUMBER", "TOP-1", "95 %", "TOP-5", "CEILING 1 / 5", "FLOOR 1 / 5")
+
+
 def print_distances(score: DistanceScore, json_output: bool) -> None:
     for warning in score.warnings:
         console.warn(warning)
@@ -39,25 +42,34 @@ def print_prompts(result: Mapping[str, Any]) -> None:
     if "single" in result:
         single = result["single"]
         rows = [
-            ("all", *_cells(single), _percent(single["floor"]["top1"]) + " / " + _percent(single["floor"]["top5"])),
+            ("all", *_cells(single), _floor(single)),
             *((kind if kind != "plain" else "plain colour", *_cells(one), "") for kind, one in single["kinds"].items()),
             *((one["category"], *_cells(one), "") for one in single["categories"]),
         ]
-        console.print_table(("SUBJECTS", "NUMBER", "TOP-1", "95 %", "TOP-5", "CEILING 1 / 5", "FLOOR 1 / 5"), rows)
-    if "relations" in result:
-        pairs = result["relations"]
+        console.print_table(("SUBJECTS", *_COLUMNS), rows)
+    if "phrased" in result:
         if "single" in result:
             typer.echo()
+        phrased = result["phrased"]
+        console.print_table(("SUBJECTS", *_COLUMNS), [("in everyday words", *_cells(phrased), _floor(phrased))])
+    if "relations" in result:
+        pairs = result["relations"]
+        if "single" in result or "phrased" in result:
+            typer.echo()
         rows = [
-            ("all", *_cells(pairs), _percent(pairs["floor"]["top1"]) + " / " + _percent(pairs["floor"]["top5"])),
+            ("all", *_cells(pairs), _floor(pairs)),
             *((one["relation"], *_cells(one), "") for one in pairs["relations"]),
         ]
-        console.print_table(("RELATIONS", "NUMBER", "TOP-1", "95 %", "TOP-5", "CEILING 1 / 5", "FLOOR 1 / 5"), rows)
+        console.print_table(("RELATIONS", *_COLUMNS), rows)
         typer.echo(
             f"subject seen {_percent(pairs['subject_top5'])}, other thing {_percent(pairs['other_top5'])} (top-5); "
             f"the opposite relation would also fit {_percent(pairs['opposite']['drawn'])} of them, "
             f"{_percent(pairs['opposite']['ceiling'])} of real scenes"
         )
+
+
+def _floor(one: Mapping[str, Any]) -> str:
+    return f"{_percent(one['floor']['top1'])} / {_percent(one['floor']['top5'])}"
 
 
 def _cells(one: Mapping[str, Any]) -> tuple[str, str, str, str, str]:

@@ -1,11 +1,10 @@
 """Prompt accuracy: whether a picture shows what its prompt says, measured without a person and without a network.
 
-Prompts are captions of scenes that nobody has drawn yet, one per concept in random order. Each drawn picture is
-compared with clean renders of all concepts, in feature space; its prompt is right if the concept it names is the
-nearest (top-1) or among the five nearest (top-5). Beside the score stand two others, from the same prompts, features
-and arithmetic: the ceiling, where the very scene that the prompt describes is rendered instead of drawn, and the floor,
-where each picture is judged by the other pictures' prompts. A network that ignores its prompt gets the floor, one that
-draws like the data gets the ceiling.
+Prompts ask for scenes that nobody has drawn yet (`prompt_cases`). Each drawn picture is compared with clean renders of
+all concepts, in feature space; its prompt is right if the concept it names is the nearest (top-1) or among the five
+nearest (top-5). Beside the score stand two others, from the same prompts, features and arithmetic: the ceiling, where
+the very scene that the prompt describes is rendered instead of drawn, and the floor, where each picture is judged by the
+other pictures' prompts. A network that ignores its prompt gets the floor, one that draws like the data the ceiling.
 
 Prompts with a relation count as right where both things are seen in places that fit the relation (`windows`), or, for
 "in a cage", where the picture is nearer to a caged render of the concept than to any other, caged or not.
@@ -13,7 +12,6 @@ Prompts with a relation count as right where both things are seen in places that
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,38 +20,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from physformer_core.data.scenes import Concept, compose_scene, load_concepts, render_svg
-from physformer_core.data.scenes.composer import RELATIONS, Scene
+from physformer_core.data.scenes import Concept, render_svg
+from physformer_core.data.scenes.composer import RELATIONS
 from physformer_core.errors import ConfigError
 from physformer_core.evaluation.features import FeatureExtractor
 from physformer_core.evaluation.gallery import Gallery, unit
+from physformer_core.evaluation.prompt_cases import PromptCase
 from physformer_core.evaluation.windows import OPPOSITE, Window, ranks, relation_found, search_windows, whole_windows
 
-CASE_SEED = 72_000_000
-"""Collections from this number on give the prompts; no training set should use them."""
-
-_RELATION_OFFSET = 1_000_000
 _THUMBNAIL = 160
 _NEAREST = (1, 5)
-
-
-@dataclass(frozen=True)
-class PromptCase:
-    """A prompt and the scene it describes.
-
-    Args:
-        prompt: One of the scene's captions.
-        scene: The scene.
-        subject: Row of its main concept in the gallery.
-        other: Row of the other thing; None for a single subject or a cage.
-        kind: "plain" or "place" for a single subject, else the relation.
-    """
-
-    prompt: str
-    scene: Scene
-    subject: int
-    other: int | None
-    kind: str
 
 
 @dataclass(frozen=True)
@@ -103,79 +79,6 @@ class Share:
 
     def as_dict(self) -> dict[str, float | int]:
         return {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
-
-
-def chosen_concepts(text: str) -> list[int]:
-    """Rows of the concepts that a person names.
-
-    Args:
-        text: "all", "everyday" (those that scenes show most often) or names, separated by commas.
-
-    Raises:
-        ConfigError: One is unknown.
-    """
-    concepts = load_concepts()
-    if text == "all":
-        return list(range(len(concepts)))
-    if text == "everyday":
-        return [row for row, concept in enumerate(concepts) if concept.weight > 1]
-    rows = {concept.name: row for row, concept in enumerate(concepts)}
-    named = [name.strip().lower() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in named if name not in rows]:
-        near = difflib.get_close_matches(unknown[0], rows, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "all, everyday, or names such as cat,dog"
-        raise ConfigError(f"no concept is called '{unknown[0]}'", hint=hint)
-    if not named:
-        raise ConfigError("no concept is named", hint="all, everyday, or names such as cat,dog")
-    return sorted({rows[name] for name in named})
-
-
-def single_cases(count: int, seed: int, *, aspect: float, concepts: Sequence[int] | None = None) -> list[PromptCase]:
-    """Prompts of single subjects, alternately on a plain colour and in a place; every concept once before any twice.
-
-    Args:
-        count: How many.
-        seed: Decides concepts and scenes.
-        aspect: Width divided by height.
-        concepts: Rows of the concepts that may be subjects; all by default. Pictures are compared with all anyway.
-    """
-    names = [concept.name for concept in load_concepts()]
-    pool = np.arange(len(names)) if concepts is None else np.asarray(concepts)
-    order = np.random.default_rng([CASE_SEED, seed])
-    rows: list[int] = []
-    while len(rows) < count:
-        rows += pool[order.permutation(len(pool))].tolist()
-    cases = []
-    for number, row in enumerate(rows[:count]):
-        kind = "place" if number % 2 else "single"
-        scene = compose_scene(
-            CASE_SEED + seed,
-            number,
-            aspect=aspect,
-            kind="setting" if kind == "place" else "single",
-            concept=names[row],
-        )
-        cases.append(PromptCase(scene.captions[0], scene, row, None, "place" if kind == "place" else "plain"))
-    return cases
-
-
-def relation_cases(count: int, seed: int, *, aspect: float) -> list[PromptCase]:
-    """Prompts of two things, each relation in turn.
-
-    Args:
-        count, seed, aspect: As in `single_cases`.
-    """
-    names = [concept.name for concept in load_concepts()]
-    relations = list(RELATIONS)
-    cases = []
-    for number in range(count):
-        relation = relations[number % len(relations)]
-        scene = compose_scene(CASE_SEED + seed, _RELATION_OFFSET + number, aspect=aspect, relation=relation)
-        subject, other = scene.subjects[0].concept, scene.subjects[1].concept
-        # In a cage nothing is between; the cage is no concept of its own.
-        row = None if relation == "in" else names.index(other)
-        cases.append(PromptCase(scene.captions[0], scene, names.index(subject), row, relation))
-    return cases
 
 
 class Judge:

@@ -306,7 +306,8 @@ def _prompt_accuracy(
     from physformer_core.evaluation.features import load_extractor
     from physformer_core.evaluation.gallery import load_gallery
     from physformer_core.evaluation.pictures import draw_requests
-    from physformer_core.evaluation.prompt_accuracy import Judge, judge_all, single_cases, single_report
+    from physformer_core.evaluation.prompt_accuracy import Judge, judge_all, single_report
+    from physformer_core.evaluation.prompt_cases import single_cases
 
     extractor = load_extractor("efficientnet", None, pipeline.device)
     gallery = load_gallery(extractor)

@@ -12,14 +12,12 @@ from physformer_core.evaluation.gallery import load_gallery
 from physformer_core.evaluation.prompt_accuracy import (
     Judge,
     Share,
-    chosen_concepts,
     judge_all,
     judged_table,
-    relation_cases,
     relation_report,
-    single_cases,
     single_report,
 )
+from physformer_core.evaluation.prompt_cases import relation_cases, single_cases
 from physformer_core.evaluation.prompt_sheet import prompt_sheet
 
 
@@ -36,34 +34,6 @@ def galleries(tiny_extractor):
 @pytest.fixture
 def judge(tiny_extractor, galleries):
     return Judge(tiny_extractor, *galleries)
-
-
-def test_cases_are_repeatable_and_cover_every_concept_once():
-    cases = single_cases(60, 0, aspect=1.0)
-    assert len({case.subject for case in cases}) == 60
-    assert [case.prompt for case in cases[:20]] == [case.prompt for case in single_cases(20, 0, aspect=1.0)]
-    assert [case.prompt for case in cases[:20]] != [case.prompt for case in single_cases(20, 1, aspect=1.0)]
-    assert [case.kind for case in cases[:4]] == ["plain", "place"] * 2
-    for case in cases[:20]:
-        assert load_concepts()[case.subject].name == case.scene.subjects[0].concept
-    pairs = relation_cases(14, 0, aspect=16 / 9)
-    assert [case.kind for case in pairs[:7]] == list(RELATIONS)
-    assert all((case.other is None) == (case.kind == "in") for case in pairs)
-
-
-def test_subjects_can_be_chosen():
-    everyday = chosen_concepts("everyday")
-    assert 30 < len(everyday) < 50 and load_concepts()[everyday[0]].weight > 1
-    cases = single_cases(2 * len(everyday), 0, aspect=1.0, concepts=everyday)
-    assert sorted(case.subject for case in cases) == sorted(2 * everyday)
-    cat, dog = chosen_concepts("dog, Cat,dog")
-    assert [load_concepts()[row].name for row in (cat, dog)] == ["cat", "dog"]
-    assert chosen_concepts("all") == list(range(len(load_concepts())))
-    with pytest.raises(ConfigError, match="'elefant'") as refused:
-        chosen_concepts("cat,elefant")
-    assert "elephant" in refused.value.hint
-    with pytest.raises(ConfigError, match="no concept is named"):
-        chosen_concepts(" , ")
 
 
 def test_the_gallery_is_kept_under_a_key_of_all_it_depends_on(tiny_extractor, tmp_path, monkeypatch):
