@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from physformer_cli import console
-from physformer_cli.interruptions import held_back
 from physformer_cli.generate_plan import Options, Plan, check_combinations, make_plan
+from physformer_cli.interruptions import held_back
 
 if TYPE_CHECKING:
     from physformer_core.batching import PictureRequest

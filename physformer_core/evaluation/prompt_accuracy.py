@@ -3,8 +3,8 @@
 Prompts ask for scenes that nobody has drawn yet (`prompt_cases`). Each drawn picture is compared with clean renders of
 all concepts, in feature space; its prompt is right if the concept it names is the nearest (top-1) or among the five
 nearest (top-5). Beside the score stand two others, from the same prompts, features and arithmetic: the ceiling, where
-the very scene that the prompt describes is rendered instead of drawn, and the floor, where each picture is judged by the
-other pictures' prompts. A network that ignores its prompt gets the floor, one that draws like the data the ceiling.
+the very scene that the prompt describes is rendered instead of drawn, and the floor, where each picture is judged by
+the other pictures' prompts. A network that ignores its prompt gets the floor, one that draws like the data the ceiling.
 
 Prompts with a relation count as right where both things are seen in places that fit the relation (`windows`), or, for
 "in a cage", where the picture is nearer to a caged render of the concept than to any other, caged or not.

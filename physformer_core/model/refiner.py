@@ -2,9 +2,9 @@
 
 A token speaks for a whole patch. At the finer levels that is enough, as the coarser picture shows through; at level 0
 there is none, and neighbouring patches agree only as well as the tokens do: edges break at the seams, and what is
-smaller than a patch is blurred. A small U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) over the
-field reads the patches, the noisy field and the tokens, and corrects the sample. Level 0 has some 32x32 pixels whatever the
-picture's size, so this costs nothing at the end; its reach is local, and so are its costs.
+smaller than a patch is blurred. A small U-Net (Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597) reads the
+patches, the noisy field and the tokens, and corrects the sample. Level 0 has some 32x32 pixels whatever the picture's
+size, so a picture's time hardly changes; the reach is local, so the costs are linear in the area like all others.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ class PhysFormerRefiner(nn.Module):
         self.up = nn.Conv2d(2 * channels, 4 * channels, 1)
         self.outer = PhysFormerRefinerBlock(channels, dim)
         self.leave = nn.Conv2d(channels, in_channels, 3, padding=1)
+
+    def zero_at_first(self) -> tuple[nn.Linear | nn.Conv2d, ...]:
+        """Layers that begin as zero: then it corrects nothing, and neither do its blocks."""
+        inner, outer = self.inner, self.outer
+        return inner.modulation, inner.conv2, outer.modulation, outer.conv2, self.leave
 
     def forward(self, sample: Tensor, noisy: Tensor, tokens: Tensor, temb: Tensor) -> Tensor:
         """The corrected sample [B, C, H, W] in float32.

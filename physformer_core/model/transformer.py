@@ -378,21 +378,16 @@ class PhysFormerTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, Peft
     def initialize_weights(self) -> None:
         """Truncated normal of fan-in scale for matrices; zero for modulation and output (AdaLN-Zero)."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5, a=-1.0, b=1.0)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5, a=-1.0, b=1.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d):
-                nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5, a=-1.0, b=1.0)
-                nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 # Unit size: levels ask for different outputs of one network and must be told apart from the start.
                 nn.init.normal_(module.weight)
         modulations = [module.modulation for module in self.modules() if isinstance(module, PhysFormerBlock)]
-        if self.refiner is not None:
-            inner, outer = self.refiner.inner, self.refiner.outer
-            modulations += [inner.modulation, outer.modulation, inner.conv2, outer.conv2, self.refiner.leave]
-        for zero in (self.final_layer.modulation, self.final_layer.proj_out, *modulations):
+        of_refiner: tuple[nn.Linear | nn.Conv2d, ...] = () if self.refiner is None else self.refiner.zero_at_first()
+        for zero in (self.final_layer.modulation, self.final_layer.proj_out, *modulations, *of_refiner):
             nn.init.zeros_(zero.weight)
 
     def attentions(self) -> list[PhysFormerAttention]:

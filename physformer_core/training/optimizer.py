@@ -105,8 +105,9 @@ _NOT_MATRICES = ("modulation", "logit", "lora_", "refiner.enter", "refiner.leave
 def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Named parameters for Muon (matrices within blocks, but not modulation) and for AdamW (the rest).
 
-    The refiner counts as a block but for its first and last convolution, as the network's do not either. Frozen ones are left out. The two thin factors of an adapter go to AdamW: their product is what acts, and
-    orthogonal factors would make every direction of it equally large.
+    The refiner counts as a block but for its first and last convolution. Frozen ones are left out. The two thin factors
+    of an adapter go to AdamW: their product is what acts, and orthogonal factors would make every direction of it
+    equally large.
     """
     muon, adamw = {}, {}
     for name, param in model.named_parameters():

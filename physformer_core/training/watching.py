@@ -40,7 +40,9 @@ def batch_flops(model: PhysFormerTransformer2DModel, batch: Batch) -> int:
 
 
 def newton_schulz_flops(matrix: Tensor) -> int:
-    """Orthogonalising an m x n matrix (or a kernel, as one), m <= n: per iteration X X^T (2 m^2 n), its square (2 m^3), that times X."""
+    """Orthogonalising an m x n matrix, m <= n, or a kernel as one: per iteration X X^T (2 m^2 n), its square (2 m^3),
+    that times X (2 m^2 n).
+    """
     m, n = sorted((matrix.shape[0], matrix[0].numel()))
     return NEWTON_SCHULZ_STEPS * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
 

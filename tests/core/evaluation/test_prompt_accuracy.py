@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from physformer_core.data.scenes import compose_scene, concept_named, load_concepts, render_svg
-from physformer_core.data.scenes.composer import RELATIONS
-from physformer_core.errors import ConfigError, OutputError
+from physformer_core.data.scenes import compose_scene, concept_named, render_svg
+from physformer_core.errors import OutputError
 from physformer_core.evaluation import gallery as gallery_module
 from physformer_core.evaluation.features import load_extractor
 from physformer_core.evaluation.gallery import load_gallery
