@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from physformer_cli import console, evaluate_scaling, evaluate_show
+from physformer_cli import console, evaluate_drawing, evaluate_scaling, evaluate_show
+from physformer_cli.evaluate_common import (
+    CheckpointOption,
+    DeviceOption,
+    DtypeOption,
+    FeatureModelOption,
+    FeaturesOption,
+    GuidanceOption,
+    OutputOption,
+    SeedOption,
+    StepsOption,
+    load_drawn,
+    load_features,
+    make_requests,
+    miss,
+    write_result,
+)
 from physformer_core.errors import ConfigError
 from physformer_core.flow import DEFAULT_GUIDANCE
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from physformer_core.batching import PictureRequest
-    from physformer_core.checkpoints import Checkpoint
-    from physformer_core.evaluation.features import FeatureExtractor
-    from physformer_core.evaluation.pictures import DrawnPictures, PictureSource
-    from physformer_core.pipeline import PhysFormerPipeline
+    from physformer_core.evaluation.pictures import PictureSource
     from physformer_core.project import RunRecorder
 
 app = typer.Typer(no_args_is_help=True, help="Measure what a model draws: prompt accuracy, FID, what a codec loses.")
-
-MISSED = 3
-"""Exit code where a threshold was missed."""
 
 FID_EPILOG = """Examples:
 
@@ -57,33 +64,10 @@ RECONSTRUCT_EPILOG = """Examples:
     physformer eval reconstruct stabilityai/sd-vae-ft-mse data/raw --size 512 --min-psnr 25
 """
 
-CheckpointOption = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="What draws the pictures; the shipped checkpoint if not given.")
-]
-FeaturesOption = Annotated[
-    str, typer.Option(metavar="NAME", help="Network that looks at them: efficientnet, inception, dinov2 or clip.")
-]
-FeatureModelOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|NAME",
-        help="Inception's TorchScript file (else cached or downloaded), or a DINOv2 or CLIP by folder or hub name.",
-    ),
-]
-SeedOption = Annotated[int, typer.Option("--seed", "-s", min=0, help="Seed of the noise.")]
-StepsOption = Annotated[
-    str | None, typer.Option(metavar="N[,N...]", help="Steps of the coarsest level, or one number per level.")
-]
-GuidanceOption = Annotated[float, typer.Option(help="How strongly to follow the prompt.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-DtypeOption = Annotated[str, typer.Option(help="What the network computes in: auto, fp32, bf16 or fp16.")]
-OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Also write scores and recipe to a file.")
-]
-
 
 def register(parent: typer.Typer) -> None:
     """Adds the commands to the app."""
+    evaluate_drawing.register(app)
     evaluate_scaling.register(app)
     parent.add_typer(app, name="eval")
 
@@ -178,7 +162,7 @@ def fid(
         from physformer_core.hardware import resolve_device
 
         where = resolve_device(device)
-        extractor = _extractor(features, feature_model, where)
+        extractor = load_features(features, feature_model, where)
         scorer = None if clip_score is None else ClipScorer(clip_score, where, batch_size=batch_size)
         source = None if is_file else open_source(reference, size=size or 256, split=split)
         _check_set_options(source, size, split, drawn_by_size=prompts is not None and not only_save)
@@ -195,7 +179,7 @@ def fid(
                     steps,
                     DEFAULT_GUIDANCE if guidance is None else guidance,
                 )
-                drawn = _drawn(found, requests, str(where), dtype or "auto", run)
+                drawn = load_drawn(found, requests, str(where), dtype or "auto", run)
             elif generated is not None:
                 drawn = open_source(generated, size=size or 256)
             # Asked for now: missing captions are told before the reference is gone through.
@@ -225,12 +209,12 @@ def fid(
         clip = None if scorer is None else scorer.result()
         score = compare(statistics, other, extractor, seed=seed, clip=clip)
         run.config = score.as_dict()
-        _write_result(output, score.as_dict(), run)
+        write_result(output, score.as_dict(), run)
         if output is not None and save_statistics is None:  # a replay can send only one file elsewhere
             run.replay_with("--output", "-o", output=output, folder=False)
         evaluate_show.print_distances(score, json_output)
         if max_distance is not None and score.frechet > max_distance:
-            _miss(run, [f"{score.name} {score.frechet:.4g} is more than {max_distance:g}"])
+            miss(run, [f"{score.name} {score.frechet:.4g} is more than {max_distance:g}"])
 
 
 @app.command("prompts", epilog=PROMPTS_EPILOG)
@@ -308,6 +292,7 @@ def prompts(
             single_cases,
         )
         from physformer_core.evaluation.prompt_sheet import prompt_sheet
+        from physformer_core.evaluation.spectra import GradientSpectrum, spectra_report
         from physformer_core.files import next_free_name
         from physformer_core.hardware import resolve_device
 
@@ -318,9 +303,9 @@ def prompts(
         singles = single_cases(num, seed, aspect=aspect, concepts=chosen_concepts(concepts))
         pairs = relation_cases(relations, seed, aspect=aspect)
         cases = [*singles, *pairs, *phrased_cases(phrased, seed, aspect=aspect)]
-        extractor = _extractor(features, feature_model, where)
-        requests = _requests([(case.prompt, width, height) for case in cases], seed, steps, guidance)
-        drawn = _drawn(found, requests, str(where), dtype, run)
+        extractor = load_features(features, feature_model, where)
+        requests = make_requests([(case.prompt, width, height) for case in cases], seed, steps, guidance)
+        drawn = load_drawn(found, requests, str(where), dtype, run)
         with console.progress() as add:
             task = add("clean renders", None, unit="renders")
             gallery = load_gallery(extractor, progress=task.update, notify=console.warn)
@@ -330,7 +315,15 @@ def prompts(
                 caged = load_gallery(extractor, caged=True, progress=task.update, notify=console.warn)
             task = add("prompts", len(cases), unit="prompts")
             pictures = draw_requests(found, drawn.pipeline, requests)
-            judged = judge_all(cases, pictures, Judge(extractor, gallery, caged), task.update)
+            patch = drawn.pipeline.transformer.config.patch_size * drawn.pipeline.codec.factor
+            periods = [patch * 2**level for level in range(len(drawn.pipeline.level_sizes(height, width)))]
+            spectra = GradientSpectrum(periods), GradientSpectrum(periods)
+
+            def watch(*both: np.ndarray) -> None:
+                for spectrum, picture in zip(spectra, both, strict=True):
+                    spectrum.add(picture)
+
+            judged = judge_all(cases, pictures, Judge(extractor, gallery, caged), task.update, watch)
         result: dict[str, Any] = {"format": "physformer-prompts/1"}
         if singles:
             result["single"] = single_report(judged[:num], gallery.concepts)
@@ -338,6 +331,7 @@ def prompts(
             result["relations"] = relation_report(judged[num : num + relations])
         if phrased:
             result["phrased"] = single_report(judged[num + relations :], gallery.concepts)
+        result["spectra"] = spectra_report(*spectra)
         result["recipe"] = {
             "concepts": concepts,
             "extractor": extractor.recipe(),
@@ -348,7 +342,7 @@ def prompts(
         result["pictures"] = judged_table(judged, gallery.concepts)
         run.device, run.seeds = str(where), [seed]
         run.config = {key: value for key, value in result.items() if key != "pictures"}
-        _write_result(output, result, run)
+        write_result(output, result, run)
         if contact_sheet is not None:
             name = next_free_name(contact_sheet)
             write_sheet(prompt_sheet(judged, gallery.concepts), name)
@@ -393,7 +387,7 @@ def reconstruct(
         recipe = {"codec": codec, "pictures": source.recipe()}
         result = {"format": "physformer-reconstruction/1", **found.as_dict(), "recipe": recipe}
         run.config = result
-        _write_result(output, result, run)
+        write_result(output, result, run)
         if output is not None:
             run.replay_with("--output", "-o", output=output, folder=False)
         if json_output:
@@ -403,22 +397,7 @@ def reconstruct(
             rows = [("PSNR", decibels), ("SSIM", f"{found.ssim:.4f}"), ("pictures", str(found.count))]
             console.print_table(("MEASURE", "VALUE"), rows)
         if min_psnr is not None and found.psnr is not None and found.psnr < min_psnr:
-            _miss(run, [f"PSNR {found.psnr:.2f} dB is below {min_psnr:g}"])
-
-
-def _requests(
-    pictures: Sequence[tuple[str, int, int]], seed: int, steps: str | None, guidance: float
-) -> list[PictureRequest]:
-    """One request per (prompt, width, height): all of one seed, each a picture of its own."""
-    from physformer_core.batching import PictureRequest, parse_steps
-
-    parsed = parse_steps(steps) if steps is not None else None
-    return [
-        PictureRequest(
-            prompt=prompt, seed=seed, index=index, width=width, height=height, steps=parsed, guidance=guidance
-        )
-        for index, (prompt, width, height) in enumerate(pictures)
-    ]
+            miss(run, [f"PSNR {found.psnr:.2f} dB is below {min_psnr:g}"])
 
 
 def _fid_requests(
@@ -438,44 +417,11 @@ def _fid_requests(
         if file.errors:
             raise ConfigError(f"{prompts}, {file.errors[0]}", hint="mend or remove the line")
         texts = [request.prompt for request in file.requests]
-        return _requests([(texts[number % len(texts)], size, size) for number in range(num)], seed, steps, guidance)
+        return make_requests([(texts[number % len(texts)], size, size) for number in range(num)], seed, steps, guidance)
     if source is None:
         raise ConfigError("a statistics file has no captions to draw from", hint="name a prompt file: --prompts FILE")
     captions = source.captions(num)
-    return _requests([(one.caption, one.width, one.height) for one in captions], seed, steps, guidance)
-
-
-def _drawn(
-    found: Checkpoint, requests: list[PictureRequest], device: str, dtype: str, run: RunRecorder
-) -> DrawnPictures:
-    """Loads the network; the pictures are drawn when they are asked for."""
-    import torch
-
-    from physformer_core.checkpoints import load_pipeline
-    from physformer_core.evaluation.pictures import DrawnPictures
-    from physformer_core.hardware import DTYPES, resolve_dtype
-
-    requests[0].settings()
-    kind = resolve_dtype(dtype, torch.device(device))
-    run.checkpoint_sha256 = found.sha256
-    pipeline: PhysFormerPipeline = load_pipeline(found, device=device, dtype=kind)
-    name = next(name for name, value in DTYPES.items() if value == kind)
-    return DrawnPictures(found, pipeline, requests, name)
-
-
-def _extractor(name: str, model: str | None, device: torch.device) -> FeatureExtractor:
-    """Loads a feature network, with a bar where it has to be downloaded first."""
-    from physformer_core.evaluation.features import INCEPTION_FILE, load_extractor
-
-    with console.progress() as add:
-        tasks: list[console.ProgressTask] = []
-
-        def on_bytes(done: int, total: int | None) -> None:
-            if not tasks:
-                tasks.append(add(f"downloading {INCEPTION_FILE}", total, unit="bytes"))
-            tasks[0].update(done)
-
-        return load_extractor(name, model, device, on_bytes)
+    return make_requests([(one.caption, one.width, one.height) for one in captions], seed, steps, guidance)
 
 
 def _shown(source: Iterable[np.ndarray], task: console.ProgressTask) -> Any:
@@ -504,19 +450,6 @@ def _refuse_without_effect(options: Sequence[tuple[str, bool, str]]) -> None:
             raise ConfigError(f"{option} has no effect with {beside}", hint="leave it out")
 
 
-def _write_result(output: Path | None, result: Mapping[str, Any], run: RunRecorder) -> None:
-    """Writes scores and recipe; the same run gives the same bytes."""
-    if output is None:
-        return
-    from physformer_core.files import atomic_write, next_free_name
-
-    text = json.dumps(dict(result), indent=2, ensure_ascii=False) + "\n"
-    name = next_free_name(output)
-    with atomic_write(name) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    run.add_output(name, sha256=hashlib.sha256(text.encode()).hexdigest())
-
-
 def _check_least(
     result: Mapping[str, Any], least: Mapping[str, float | None], relations: float | None, run: RunRecorder
 ) -> None:
@@ -527,11 +460,4 @@ def _check_least(
     if relations is not None and (value := result["relations"]["top5"]["value"]) < relations:
         missed.append(f"relations' top5 {value:.3f} is below {relations:g}")
     if missed:
-        _miss(run, missed)
-
-
-def _miss(run: RunRecorder, reasons: Sequence[str]) -> None:
-    for reason in reasons:
-        console.error(reason)
-    run.fail(reasons[0])
-    raise typer.Exit(MISSED)
+        miss(run, missed)

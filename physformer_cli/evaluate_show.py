@@ -66,6 +66,21 @@ def print_prompts(result: Mapping[str, Any]) -> None:
             f"the opposite relation would also fit {_percent(pairs['opposite']['drawn'])} of them, "
             f"{_percent(pairs['opposite']['ceiling'])} of real scenes"
         )
+    if spectra := result.get("spectra"):
+        _print_spectra(spectra)
+
+
+def _print_spectra(spectra: Mapping[str, Any]) -> None:
+    if all(one["share"] is not None for one in spectra["octaves"]):
+        bands = ", ".join(f"{one['share']:.2f} ({_fraction(one)})" for one in spectra["octaves"])
+        typer.echo(f"edges, their power beside that of real scenes by cycles a pixel: {bands}")
+    for one in spectra["seams"]:
+        expected = "" if one["real"] is None else f", real scenes {one['real']:.2f}"
+        typer.echo(f"seams every {one['period']} pixels: {one['drawn']:.2f} of what is beside them{expected}")
+
+
+def _fraction(band: Mapping[str, float]) -> str:
+    return f"1/{1 / band['from']:.0f} to 1/{1 / band['to']:.0f}"
 
 
 def _floor(one: Mapping[str, Any]) -> str:

@@ -249,19 +249,19 @@ class DrawnPictures(PictureSource):
         self, checkpoint: Checkpoint, pipeline: PhysFormerPipeline, requests: Sequence[PictureRequest], dtype: str
     ) -> None:
         self._checkpoint, self.pipeline = checkpoint, pipeline
-        self._requests, self._dtype = list(requests), dtype
-        self.count = len(self._requests)
+        self.requests, self._dtype = list(requests), dtype
+        self.count = len(self.requests)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for _, picture in draw_requests(self._checkpoint, self.pipeline, self._requests):
+        for _, picture in draw_requests(self._checkpoint, self.pipeline, self.requests):
             yield picture
 
     def captioned(self) -> Iterator[tuple[np.ndarray, str]]:
-        for number, picture in draw_requests(self._checkpoint, self.pipeline, self._requests):
-            yield picture, self._requests[number].prompt
+        for number, picture in draw_requests(self._checkpoint, self.pipeline, self.requests):
+            yield picture, self.requests[number].prompt
 
     def recipe(self) -> dict[str, Any]:
-        return drawing_recipe(self._checkpoint, self.pipeline.device, self._dtype, self._requests)
+        return drawing_recipe(self._checkpoint, self.pipeline.device, self._dtype, self.requests)
 
 
 def draw_requests(

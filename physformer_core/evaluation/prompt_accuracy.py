@@ -156,6 +156,7 @@ def judge_all(
     pictures: Iterator[tuple[int, np.ndarray]],
     judge: Judge,
     on_judged: Callable[[int], None] | None = None,
+    watch: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> list[JudgedPrompt]:
     """Judges drawn pictures and, at the same size, the scenes that their prompts describe.
 
@@ -164,6 +165,7 @@ def judge_all(
         pictures: (number of the prompt, picture), in any order, each once.
         judge: What judges.
         on_judged: Told how many are done.
+        watch: Shown each drawn picture and its scene, [height, width, 3].
     """
     judged: dict[int, JudgedPrompt] = {}
     for number, picture in pictures:
@@ -171,8 +173,10 @@ def judge_all(
         height, width = picture.shape[:2]
         thumbnail = Image.fromarray(picture)
         thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
-        real = judge.judge(case, render_svg(case.scene.svg, width, height))
-        judged[number] = JudgedPrompt(case, judge.judge(case, picture), real, thumbnail)
+        scene = render_svg(case.scene.svg, width, height)
+        judged[number] = JudgedPrompt(case, judge.judge(case, picture), judge.judge(case, scene), thumbnail)
+        if watch is not None:
+            watch(picture, scene)
         if on_judged is not None:
             on_judged(len(judged))
     return [judged[number] for number in sorted(judged)]

@@ -126,9 +126,11 @@ def phrased_cases(count: int, seed: int, *, aspect: float) -> list[PromptCase]:
     """
     concepts = load_concepts()
     order = np.random.default_rng([CASE_SEED, seed, _PHRASED_OFFSET])
-    rows = np.concatenate([order.permutation(len(concepts)) for _ in range(-(-count // len(concepts)))])[:count]
+    rows: list[int] = []
+    while len(rows) < count:
+        rows += order.permutation(len(concepts)).tolist()
     cases = []
-    for number, row in enumerate(rows.tolist()):
+    for number, row in enumerate(rows[:count]):
         concept = concepts[row]
         scene = compose_scene(
             CASE_SEED + seed, _PHRASED_OFFSET + number, aspect=aspect, kind="single", concept=concept.name

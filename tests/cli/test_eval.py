@@ -184,14 +184,16 @@ def test_features_that_are_not_there(physformer, folders, monkeypatch, tmp_path)
 
 
 def test_prompts(physformer, tiny_features, tiny_checkpoint):
-    arguments = ("eval", "prompts", "--checkpoint", tiny_checkpoint, "--num", 4, "--relations", 7, "--size", 32,
-                 "--steps", 1)  # fmt: skip
+    arguments = ("eval", "prompts", "--checkpoint", tiny_checkpoint, "--num", 4, "--relations", 7, "--phrased", 3,
+                 "--size", 32, "--steps", 1)  # fmt: skip
     code, out, err = physformer(*arguments, "--json", "--contact-sheet", "sheet.png", "-o", "prompts.json")
     assert code == 0, err
     shown = json.loads(out)
     single, pairs = shown["single"], shown["relations"]
-    assert single["count"] == 4 and pairs["count"] == 7 and len(shown["pictures"]) == 11
-    for one in (single, pairs):
+    assert single["count"] == 4 and pairs["count"] == 7 and shown["phrased"]["count"] == 3
+    assert len(shown["pictures"]) == 14 and shown["spectra"]["count"] == 14
+    assert all(one["share"] > 0 for one in shown["spectra"]["octaves"])
+    for one in (single, pairs, shown["phrased"]):
         assert 0 <= one["top1"]["low"] <= one["top1"]["value"] <= one["top5"]["value"] <= 1
         assert one["ceiling"]["top5"] >= one["ceiling"]["top1"] and one["floor"]["top5"] is not None
     assert shown["recipe"]["generated"]["sha256"] == find_checkpoint(tiny_checkpoint).sha256
@@ -201,10 +203,11 @@ def test_prompts(physformer, tiny_features, tiny_checkpoint):
     assert {output.path for output in run.outputs} == {"sheet.png", "prompts.json"} and "single" in run.config
     code, out, _ = physformer(*arguments, "--no-record")
     assert code == 0 and "CEILING" in out and "next to" in out and "plain colour" in out
+    assert "in everyday words" in out and "edges, their power beside that of real scenes" in out
 
 
 def test_prompts_threshold(physformer, tiny_features, tiny_checkpoint):
-    arguments = ("eval", "prompts", "--checkpoint", tiny_checkpoint, "--size", 32, "--steps", 1)
+    arguments = ("eval", "prompts", "--checkpoint", tiny_checkpoint, "--size", 32, "--steps", 1, "--phrased", 0)
     code, out, err = physformer(*arguments, "--num", 4, "--relations", 0, "--min-top1", 1, "--min-top5", 0)
     assert code == 3 and "top1 0" in err and "below 1" in err and "TOP-1" in out
     assert Project.load("physformer.toml").runs[-1].status == "failed"
@@ -215,7 +218,7 @@ def test_prompts_threshold(physformer, tiny_features, tiny_checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (("--num", "0", "--relations", "0"), "nothing to measure"),
+        (("--num", "0", "--relations", "0", "--phrased", "0"), "nothing to measure"),
         (("--num", "0", "--min-top1", "0.5"), "--min-top1 has no effect"),
         (("--relations", "0", "--min-relations", "0.5"), "--min-relations has no effect"),
         (("--size", "huge"), "huge"),
@@ -243,3 +246,39 @@ def test_reconstruct_with_an_autoencoder(physformer, folders, tmp_path):
     code, out, err = physformer("eval", "reconstruct", tmp_path / "vae", "real", "--min-psnr", 99, "--json")
     shown = json.loads(out)
     assert code == 3 and 0 < shown["psnr"] < 40 and "is below 99" in err and shown["recipe"]["pictures"]["sha256"]
+
+
+def test_variety(physformer, tiny_features, tiny_checkpoint, scene_set):
+    arguments = ("eval", "variety", "--checkpoint", tiny_checkpoint, "--prompts", 2, "--seeds", 3, "--size", 32,
+                 "--steps", 1, "--data-dir", scene_set)  # fmt: skip
+    code, out, err = physformer(*arguments, "--json", "--contact-sheet", "sheet.png", "-o", "variety.json")
+    assert code == 0, err
+    shown = json.loads(out)
+    assert len(shown["rows"]) == 2 and shown["distance"]["share"] > 0 and shown["recipe"]["generated"]["count"] == 6
+    assert 0 <= shown["nearest"]["drawn"]["copies"] <= 1 and shown["nearest"]["examples"] > 0
+    assert json.loads(Path("variety.json").read_text()) == shown
+    sheet = Image.open("sheet.png")
+    assert sheet.height > sheet.width  # two rows a prompt: pictures, and what is nearest to them
+    run = Project.load("physformer.toml").runs[-1]
+    assert {output.path for output in run.outputs} == {"sheet.png", "variety.json"} and run.data_sha256
+    code, out, err = physformer(*arguments[:-2], "--no-record", "--min-share", 99)
+    assert code == 3 and "DRAWN" in out and "less than 99" in err and "copies" not in out
+    code, _, err = physformer(*arguments[:-1], "nowhere")
+    assert code == 1 and "nowhere" in err
+
+
+def test_steps(physformer, tiny_features, tiny_checkpoint):
+    arguments = ("eval", "steps", "3,1,1", "--checkpoint", tiny_checkpoint, "--num", 2, "--size", 32)
+    code, out, err = physformer(*arguments, "--json", "--plot", "steps.png", "-o", "steps.json")
+    assert code == 0, err
+    shown, kept = json.loads(out), json.loads(Path("steps.json").read_text())
+    assert [one["steps"] for one in shown["efforts"]] == [1, 3] and len(shown.pop("seconds")) == 2
+    assert shown == kept and shown["knee"]["steps"] in (1, 3)
+    assert shown["efforts"][0]["evaluations"] < shown["efforts"][1]["evaluations"]
+    assert Image.open("steps.png").size == (900, 520)
+    assert [output.path for output in Project.load("physformer.toml").runs[-1].outputs] == ["steps.json"]
+    code, out, _ = physformer(*arguments, "--no-record")
+    assert code == 0 and "(knee)" in out
+    for wrong in ("0", "a,b", "5,", ""):
+        code, _, err = physformer("eval", "steps", wrong)
+        assert code == 1 and "is not a list of steps" in err

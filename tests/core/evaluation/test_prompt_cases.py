@@ -53,6 +53,7 @@ def test_phrased_prompts_name_their_concept_in_words_that_no_caption_has():
         assert any(name in case.prompt for name in names), case.prompt
         assert subject.colour is None or subject.colour in case.prompt
         assert not re.search(r"[{}]|\ba (an?|some|the)\b", case.prompt), case.prompt
+    assert phrased_cases(0, 0, aspect=1.0) == []
     with_synonyms = [case for case in cases if concepts[case.subject].synonyms]
     assert with_synonyms and all(concepts[case.subject].name != case.prompt for case in with_synonyms)
 

@@ -1,0 +1,119 @@
+"""Options and steps that the commands of `physformer eval` share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from physformer_cli import console
+
+if TYPE_CHECKING:
+    import torch
+
+    from physformer_core.batching import PictureRequest
+    from physformer_core.checkpoints import Checkpoint
+    from physformer_core.evaluation.features import FeatureExtractor
+    from physformer_core.evaluation.pictures import DrawnPictures
+    from physformer_core.pipeline import PhysFormerPipeline
+    from physformer_core.project import RunRecorder
+
+MISSED = 3
+"""Exit code where a threshold was missed."""
+
+CheckpointOption = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="What draws the pictures; the shipped checkpoint if not given.")
+]
+FeaturesOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Network that looks at them: efficientnet, inception, dinov2 or clip.")
+]
+FeatureModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|NAME",
+        help="Inception's TorchScript file (else cached or downloaded), or a DINOv2 or CLIP by folder or hub name.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", "-s", min=0, help="Seed of the noise.")]
+StepsOption = Annotated[
+    str | None, typer.Option(metavar="N[,N...]", help="Steps of the coarsest level, or one number per level.")
+]
+GuidanceOption = Annotated[float, typer.Option(help="How strongly to follow the prompt.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+DtypeOption = Annotated[str, typer.Option(help="What the network computes in: auto, fp32, bf16 or fp16.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Also write scores and recipe to a file.")
+]
+
+
+def make_requests(
+    pictures: Sequence[tuple[str, int, int]], seed: int, steps: str | None, guidance: float
+) -> list[PictureRequest]:
+    """One request per (prompt, width, height): all of one seed, each a picture of its own."""
+    from physformer_core.batching import PictureRequest, parse_steps
+
+    parsed = parse_steps(steps) if steps is not None else None
+    return [
+        PictureRequest(
+            prompt=prompt, seed=seed, index=index, width=width, height=height, steps=parsed, guidance=guidance
+        )
+        for index, (prompt, width, height) in enumerate(pictures)
+    ]
+
+
+def load_drawn(
+    found: Checkpoint, requests: list[PictureRequest], device: str, dtype: str, run: RunRecorder
+) -> DrawnPictures:
+    """Loads the network; the pictures are drawn when they are asked for."""
+    import torch
+
+    from physformer_core.checkpoints import load_pipeline
+    from physformer_core.evaluation.pictures import DrawnPictures
+    from physformer_core.hardware import DTYPES, resolve_dtype
+
+    requests[0].settings()
+    kind = resolve_dtype(dtype, torch.device(device))
+    run.checkpoint_sha256 = found.sha256
+    pipeline: PhysFormerPipeline = load_pipeline(found, device=device, dtype=kind)
+    name = next(name for name, value in DTYPES.items() if value == kind)
+    return DrawnPictures(found, pipeline, requests, name)
+
+
+def load_features(name: str, model: str | None, device: torch.device) -> FeatureExtractor:
+    """Loads a feature network, with a bar where it has to be downloaded first."""
+    from physformer_core.evaluation.features import INCEPTION_FILE, load_extractor
+
+    with console.progress() as add:
+        tasks: list[console.ProgressTask] = []
+
+        def on_bytes(done: int, total: int | None) -> None:
+            if not tasks:
+                tasks.append(add(f"downloading {INCEPTION_FILE}", total, unit="bytes"))
+            tasks[0].update(done)
+
+        return load_extractor(name, model, device, on_bytes)
+
+
+def write_result(output: Path | None, result: Mapping[str, Any], run: RunRecorder) -> None:
+    """Writes scores and recipe; the same run gives the same bytes."""
+    if output is None:
+        return
+    from physformer_core.files import atomic_write, next_free_name
+
+    text = json.dumps(dict(result), indent=2, ensure_ascii=False) + "\n"
+    name = next_free_name(output)
+    with atomic_write(name) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    run.add_output(name, sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+def miss(run: RunRecorder, reasons: Sequence[str]) -> None:
+    """Ends the command with `MISSED`, each reason on a line of its own."""
+    for reason in reasons:
+        console.error(reason)
+    run.fail(reasons[0])
+    raise typer.Exit(MISSED)

@@ -1,0 +1,372 @@
+"""`physformer eval variety` and `physformer eval steps`: how a checkpoint draws, beyond whether the prompt is seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from physformer_cli import console
+from physformer_cli.evaluate_common import (
+    CheckpointOption,
+    DeviceOption,
+    DtypeOption,
+    FeatureModelOption,
+    FeaturesOption,
+    GuidanceOption,
+    OutputOption,
+    SeedOption,
+    StepsOption,
+    load_drawn,
+    load_features,
+    make_requests,
+    miss,
+    write_result,
+)
+from physformer_core.errors import ConfigError
+from physformer_core.flow import DEFAULT_GUIDANCE
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from physformer_core.evaluation.effort import Effort
+    from physformer_core.evaluation.prompt_accuracy import Share
+    from physformer_core.evaluation.prompt_cases import PromptCase
+    from physformer_core.evaluation.variety import Neighbour
+
+VARIETY_EPILOG = """Examples:
+
+    physformer eval variety
+
+    physformer eval variety --concepts everyday --prompts 36 --contact-sheet variety.png
+
+    physformer eval variety --data-dir data/nano --json
+
+Distances are between features (1 - cosine). The data's are those of scenes of the same subjects, framed alike. With
+--data-dir, every picture is compared with all whole pictures of the set that have its shape; scenes that no set holds
+show how near to a set an honest picture comes.
+"""
+STEPS_EPILOG = """Examples:
+
+    physformer eval steps
+
+    physformer eval steps 4,6,10,20 --concepts everyday --num 144 --plot steps.png
+
+The knee is the fewest evaluations whose top-5 is within one standard error of the best. Seconds are of drawing in
+batches on this machine; compare them within one run.
+"""
+DEFAULT_COUNTS = "3,5,7,10,14,20"
+_MOST_STEPS = 1000
+
+ConceptsOption = Annotated[str, typer.Option(metavar="all|everyday|NAME,...", help="What the prompts may ask for.")]
+SizeOption = Annotated[str, typer.Option(metavar="SIDE|RES|WxH", help="256 (square), 720p or 1280x720.")]
+
+
+def register(parent: typer.Typer) -> None:
+    """Adds the commands to `physformer eval`."""
+    parent.command("variety", epilog=VARIETY_EPILOG)(variety)
+    parent.command("steps", epilog=STEPS_EPILOG)(steps)
+
+
+def variety(
+    checkpoint: CheckpointOption = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, each of one subject.")] = 16,
+    seeds: Annotated[int, typer.Option(min=2, help="Pictures of each prompt.")] = 8,
+    concepts: ConceptsOption = "all",
+    size: SizeOption = "256",
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="SET", help="Look for copies of this preprocessed set's pictures.")
+    ] = None,
+    seed: SeedOption = 0,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = DEFAULT_GUIDANCE,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    features: FeaturesOption = "efficientnet",
+    feature_model: FeatureModelOption = None,
+    contact_sheet: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="A row for each prompt; with --data-dir also what is nearest to it."),
+    ] = None,
+    min_share: Annotated[
+        float | None, typer.Option(min=0, help="Exit with code 3 if pictures differ by less of what the data's do.")
+    ] = None,
+    output: OutputOption = None,
+    json_output: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """Variety: how much the pictures of one prompt differ from seed to seed, beside scenes of the data.
+
+    With --data-dir it also says how near each picture is to the nearest that was trained on, and how many are copies.
+    """
+    from physformer_core.checkpoints import find_checkpoint
+    from physformer_core.data.scenes import render_svg
+    from physformer_core.data.shard_set import ShardSet
+    from physformer_core.evaluation.pictures import draw_requests
+    from physformer_core.evaluation.prompt_cases import chosen_concepts, single_cases
+    from physformer_core.evaluation.variety import (
+        COPY_DISTANCE,
+        level_0_group,
+        mean_distance,
+        nearest_pictures,
+        neighbour_summary,
+        scenes_like,
+    )
+    from physformer_core.hardware import resolve_device
+    from physformer_core.project import recorded_run
+
+    width, height = _pixels(size)
+    with recorded_run("eval variety", record=not no_record, notify=console.say) as run:
+        found, where = find_checkpoint(checkpoint), resolve_device(device)
+        shards = ShardSet(data_dir) if data_dir is not None else None
+        group = level_0_group(shards, width / height) if shards is not None else None
+        cases = single_cases(prompts, seed, aspect=width / height, concepts=chosen_concepts(concepts))
+        extractor = load_features(features, feature_model, where)
+        # One picture for each prompt and seed: all of a prompt differ by their index alone.
+        texts = [(case.prompt, width, height) for case in cases for _ in range(seeds)]
+        drawn = load_drawn(found, make_requests(texts, seed, steps, guidance), str(where), dtype, run)
+        with console.progress() as add:
+            task = add("pictures", len(texts), unit="pictures")
+            pictures: list[Any] = [None] * len(texts)
+            for done, (number, picture) in enumerate(draw_requests(found, drawn.pipeline, drawn.requests), start=1):
+                pictures[number] = picture
+                task.update(done)
+            task = add("scenes to compare with", len(cases), unit="prompts")
+            rows: list[dict[str, Any]] = []
+            scenes: list[np.ndarray] = []
+            for number, case in enumerate(cases):
+                real = [
+                    render_svg(scene.svg, width, height)
+                    for scene in scenes_like(case, seeds, seed, aspect=width / height)
+                ]
+                scenes += real
+                own = pictures[seeds * number : seeds * (number + 1)]
+                distances = [mean_distance(extractor.extract(list(some))) for some in (own, real)]
+                rows.append({"prompt": case.prompt, "drawn": distances[0], "data": distances[1]})
+                task.update(number + 1)
+            neighbours: list[Neighbour] = []
+            nearest: dict[str, Any] | None = None
+            if shards is not None and group is not None:
+                task = add("nearest of the set", None, unit="pictures")
+                neighbours = nearest_pictures(group, pictures)
+                nearest = {
+                    "set": shards.key,
+                    "examples": group.count,
+                    "copy_distance": COPY_DISTANCE,
+                    "drawn": neighbour_summary(neighbours),
+                    "scenes": neighbour_summary(nearest_pictures(group, scenes)),
+                }
+                task.update(len(pictures))
+        means = {key: sum(float(row[key]) for row in rows) / len(rows) for key in ("drawn", "data")}
+        result: dict[str, Any] = {
+            "format": "physformer-variety/1",
+            "prompts": prompts,
+            "seeds": seeds,
+            "distance": means | {"share": means["drawn"] / means["data"] if means["data"] else None},
+            "nearest": nearest,
+            "recipe": {"concepts": concepts, "extractor": extractor.recipe(), "generated": drawn.recipe()},
+            "rows": rows,
+        }
+        run.device, run.seeds = str(where), [seed]
+        run.config = {key: value for key, value in result.items() if key != "rows" and value is not None}
+        if shards is not None:
+            run.data_sha256 = shards.key
+        write_result(output, result, run)
+        if contact_sheet is not None:
+            _write_sheet(contact_sheet, cases, pictures, neighbours, seeds, run)
+        _replay(run, {"--output": output, "--contact-sheet": contact_sheet})
+        if json_output:
+            console.print_json(result)
+        else:
+            _print_variety(result)
+        share = result["distance"]["share"]
+        if min_share is not None and (share is None or share < min_share):
+            miss(run, [f"pictures differ by {share or 0:.2f} of what the data's do, less than {min_share:g}"])
+
+
+def steps(
+    counts: Annotated[
+        str, typer.Argument(metavar="N,N,...", help="Steps of the coarsest level to try.")
+    ] = DEFAULT_COUNTS,
+    checkpoint: CheckpointOption = None,
+    num: Annotated[int, typer.Option(min=1, help="Prompts of single subjects, half of them in a place.")] = 72,
+    concepts: ConceptsOption = "everyday",
+    size: SizeOption = "256",
+    seed: SeedOption = 0,
+    guidance: GuidanceOption = DEFAULT_GUIDANCE,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    features: FeaturesOption = "efficientnet",
+    feature_model: FeatureModelOption = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy over evaluations, with the knee.")
+    ] = None,
+    output: OutputOption = None,
+    json_output: console.JsonOption = False,
+    no_record: console.NoRecordOption = False,
+) -> None:
+    """Quality against effort: prompt accuracy at several numbers of steps, and the fewest that are enough."""
+    from physformer_core.batching import Planner
+    from physformer_core.checkpoints import find_checkpoint
+    from physformer_core.data.contact_sheet import write_sheet
+    from physformer_core.evaluation.effort import Effort, draw_efforts, knee
+    from physformer_core.evaluation.gallery import load_gallery
+    from physformer_core.evaluation.pictures import draw_requests
+    from physformer_core.evaluation.prompt_accuracy import Judge, Share
+    from physformer_core.evaluation.prompt_cases import chosen_concepts, single_cases
+    from physformer_core.files import next_free_name
+    from physformer_core.hardware import resolve_device
+    from physformer_core.project import recorded_run
+
+    tried = _counts(counts)
+    width, height = _pixels(size)
+    with recorded_run("eval steps", record=not no_record, notify=console.say) as run:
+        found, where = find_checkpoint(checkpoint), resolve_device(device)
+        cases = single_cases(num, seed, aspect=width / height, concepts=chosen_concepts(concepts))
+        texts = [(case.prompt, width, height) for case in cases]
+        extractor = load_features(features, feature_model, where)
+        drawn = load_drawn(found, make_requests(texts, seed, str(tried[0]), guidance), str(where), dtype, run)
+        efforts: list[Effort] = []
+        with console.progress() as add:
+            task = add("clean renders", None, unit="renders")
+            gallery = load_gallery(extractor, progress=task.update, notify=console.warn)
+            judge = Judge(extractor, gallery)
+            task = add("prompts", len(tried) * num, unit="prompts")
+            for count in tried:
+                requests = make_requests(texts, seed, str(count), guidance)
+                started = time.monotonic()
+                pictures = dict(draw_requests(found, drawn.pipeline, requests))
+                seconds = (time.monotonic() - started) / num
+                ranks = [judge.judge(case, pictures[number]).rank for number, case in enumerate(cases)]
+                efforts.append(
+                    Effort(
+                        steps=count,
+                        evaluations=sum(sum(level.evaluations) for level in Planner(found).levels(requests[0])),
+                        seconds=seconds,
+                        top1=Share.of([rank < 1 for rank in ranks]),
+                        top5=Share.of([rank < 5 for rank in ranks]),
+                    )
+                )
+                task.update(len(efforts) * num)
+        best = knee(efforts)
+        # Without times, which no run repeats: the same run must write the same bytes.
+        result: dict[str, Any] = {
+            "format": "physformer-steps/1",
+            "efforts": [{key: value for key, value in one.as_dict().items() if key != "seconds"} for one in efforts],
+            "knee": {"steps": best.steps, "evaluations": best.evaluations},
+            "recipe": {
+                "concepts": concepts,
+                "extractor": extractor.recipe(),
+                "gallery": gallery.key,
+                "generated": drawn.recipe(),
+            },
+        }
+        run.device, run.seeds, run.config = str(where), [seed], result
+        write_result(output, result, run)
+        if plot is not None:
+            # Left out of the run's outputs, as it shows times.
+            plot = next_free_name(plot)
+            write_sheet(draw_efforts(efforts), plot)
+            console.say(f"wrote {plot}")
+        _replay(run, {"--output": output})
+        if json_output:
+            console.print_json(result | {"seconds": [one.seconds for one in efforts]})
+            return
+        _print_efforts(efforts, best)
+
+
+def _pixels(size: str) -> tuple[int, int]:
+    from physformer_core.resolution import resolve_size
+
+    return resolve_size(res=f"{size}x{size}" if size.isascii() and size.isdigit() else size)
+
+
+def _counts(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= _MOST_STEPS for part in parts):
+        raise ConfigError(f"'{text}' is not a list of steps", hint=f"for example {DEFAULT_COUNTS}")
+    return sorted({int(part) for part in parts})
+
+
+def _replay(run: Any, files: dict[str, Path | None]) -> None:
+    """A replay can send only one file elsewhere."""
+    named = [(option, path) for option, path in files.items() if path is not None]
+    if len(named) == 1:
+        option, path = named[0]
+        spellings = (option, "-o") if option == "--output" else (option,)
+        run.replay_with(*spellings, output=path, folder=False)
+
+
+def _write_sheet(
+    path: Path,
+    cases: Sequence[PromptCase],
+    pictures: Sequence[np.ndarray],
+    neighbours: Sequence[Neighbour],
+    seeds: int,
+    run: Any,
+) -> None:
+    """Writes a row of pictures for each prompt and, if known, one of what is nearest to each."""
+    from PIL import Image
+
+    from physformer_core.data.contact_sheet import Exhibit, draw_sheet, write_sheet
+    from physformer_core.files import next_free_name
+
+    side = 160
+
+    def shown(picture: np.ndarray) -> Image.Image:
+        image = Image.fromarray(picture)
+        scale = side / max(image.size)
+        return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+    exhibits = []
+    for number, case in enumerate(cases):
+        own = range(seeds * number, seeds * (number + 1))
+        exhibits += [Exhibit(shown(pictures[k]), case.prompt, f"picture {k - own.start}") for k in own]
+        if neighbours:
+            exhibits += [
+                Exhibit(shown(neighbours[k].thumbnail), "nearest of the set", f"distance {neighbours[k].distance:.1f}")
+                for k in own
+            ]
+    name = next_free_name(path)
+    write_sheet(draw_sheet(exhibits, columns=seeds, size=side), name)
+    run.add_output(name)
+
+
+def _print_variety(result: dict[str, Any]) -> None:
+    rows = [(row["prompt"], f"{row['drawn']:.3f}", f"{row['data']:.3f}") for row in result["rows"]]
+    distance = result["distance"]
+    rows.append(("all", f"{distance['drawn']:.3f}", f"{distance['data']:.3f}"))
+    console.print_table(("PROMPT", "DRAWN", "DATA"), rows)
+    if distance["share"] is not None:
+        typer.echo(f"pictures of a prompt differ by {distance['share']:.2f} of what the data's do")
+    if (nearest := result["nearest"]) is not None:
+        for name, words in (("drawn", "drawn pictures"), ("scenes", "scenes that no set holds")):
+            one = nearest[name]
+            typer.echo(
+                f"{words}: {100 * one['copies']:.0f}% copies of the set's {nearest['examples']} pictures of this "
+                f"shape; distance to the nearest {one['smallest']:.1f} at least, {one['median']:.1f} in the middle, "
+                "of 255"
+            )
+
+
+def _print_efforts(efforts: Sequence[Effort], best: Effort) -> None:
+    rows = [
+        (
+            str(one.steps) + (" (knee)" if one is best else ""),
+            str(one.evaluations),
+            f"{one.seconds:.2g}",
+            *(
+                f"{100 * share.value:.0f}% ({100 * share.low:.0f}-{100 * share.high:.0f})"
+                for share in (one.top1, one.top5)
+            ),
+        )
+        for one in efforts
+    ]
+    console.print_table(("STEPS", "EVALUATIONS", "SECONDS", "TOP-1 (95 %)", "TOP-5 (95 %)"), rows)
+
+
+def _with_interval(share: Share) -> str:
+    return f"{100 * share.value:.0f}% ({100 * share.low:.0f}-{100 * share.high:.0f})"

@@ -1,0 +1,115 @@
+"""Variety: how much pictures of one prompt differ, and whether they are copies of what was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from physformer_core.data.scenes import compose_scene, load_concepts
+from physformer_core.data.scenes.composer import Scene
+from physformer_core.data.shard_set import Group, ShardSet
+from physformer_core.errors import DataError
+from physformer_core.evaluation.gallery import unit
+from physformer_core.evaluation.prompt_cases import CASE_SEED, PromptCase
+
+COPY_DISTANCE = 4.0
+"""Root mean square in steps of 255 at level 0's size below which a picture counts as a copy: what rounding, another
+resize or JPEG leave between two files of one picture."""
+
+_SCENES_OFFSET = 3_000_000
+_BLOCK = 4096
+
+
+def scenes_like(case: PromptCase, count: int, seed: int, *, aspect: float) -> list[Scene]:
+    """Other scenes of a case's subject, framed as its prompt allows: what the data would show for it.
+
+    Args:
+        case: Of a single subject.
+        count: How many.
+        seed: Decides them; none is in a training set.
+        aspect: Width divided by height.
+    """
+    concept = load_concepts()[case.subject].name
+    kind = "setting" if case.kind == "place" else "single"
+    first = _SCENES_OFFSET + 1000 * case.subject
+    return [
+        compose_scene(CASE_SEED + seed, first + number, aspect=aspect, kind=kind, concept=concept)
+        for number in range(count)
+    ]
+
+
+def mean_distance(features_nd: np.ndarray) -> float:
+    """Mean cosine distance (1 - cos, from 0 to 2) over all pairs of two or more pictures' features."""
+    count = len(features_nd)
+    cosines = unit(features_nd) @ unit(features_nd).T
+    return float(1 - (cosines.sum() - np.trace(cosines)) / (count * (count - 1)))
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """The nearest training picture.
+
+    Args:
+        distance: Root mean square difference at level 0's size, in steps of 255.
+        thumbnail: That picture, uint8 [height, width, 3].
+    """
+
+    distance: float
+    thumbnail: np.ndarray
+
+
+def level_0_group(shards: ShardSet, aspect: float) -> Group:
+    """The whole pictures of a set whose shape is nearest to width / height = ``aspect``.
+
+    Raises:
+        DataError: The set holds latents, or nothing of that shape.
+    """
+    if not shards.field.is_pixels:
+        raise DataError(f"{shards.folder} holds latents", hint="copies are looked for among pixels; name such a set")
+    groups = [group for group in shards.groups("base", "train") if group.count]
+    nearest = min(groups, key=lambda group: abs(np.log(group.size[1] / group.size[0] / aspect)), default=None)
+    if nearest is None or abs(np.log(nearest.size[1] / nearest.size[0] / aspect)) > 0.1:
+        raise DataError(f"{shards.folder} has no whole pictures of this shape", hint="choose another --size")
+    return nearest
+
+
+def nearest_pictures(group: Group, pictures: Sequence[np.ndarray]) -> list[Neighbour]:
+    """For each picture the nearest one of a group.
+
+    Args:
+        group: From `level_0_group`.
+        pictures: uint8 [height, width, 3], of any size; averaged to the group's.
+    """
+    height, width = group.size
+    small = [np.asarray(Image.fromarray(one).resize((width, height), Image.Resampling.BOX)) for one in pictures]
+    wanted = np.stack(small).reshape(len(small), -1).astype(np.float32)
+    best, where = np.full(len(small), np.inf), np.zeros(len(small), np.int64)
+    for first in range(0, group.count, _BLOCK):
+        rows = range(first, min(first + _BLOCK, group.count))
+        block = np.stack([group.field(row) for row in rows]).reshape(len(rows), -1).astype(np.float32)
+        squares = np.square(block).sum(1) - 2 * (wanted @ block.T)
+        place = squares.argmin(1)
+        found = squares[np.arange(len(small)), place]
+        where = np.where(found < best, first + place, where)
+        best = np.minimum(best, found)
+    neighbours = []
+    for own, row in zip(wanted, where.tolist(), strict=True):
+        thumbnail = np.array(group.field(row))
+        # Once more from the difference itself: of nearly equal pictures, squares cancel.
+        distance = np.sqrt(np.square(own - thumbnail.reshape(-1).astype(np.float32)).mean())
+        neighbours.append(Neighbour(float(distance), thumbnail))
+    return neighbours
+
+
+def neighbour_summary(neighbours: Iterable[Neighbour]) -> dict[str, Any]:
+    """Smallest and median distance, and the share of copies; there must be one neighbour."""
+    distances = np.array([one.distance for one in neighbours])
+    return {
+        "smallest": float(distances.min()),
+        "median": float(np.median(distances)),
+        "copies": float(np.mean(distances < COPY_DISTANCE)),
+    }

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from physformer_core.data.loader import ShardSet
+from physformer_core.errors import DataError
+from physformer_core.evaluation.prompt_cases import single_cases
+from physformer_core.evaluation.variety import (
+    COPY_DISTANCE,
+    level_0_group,
+    mean_distance,
+    nearest_pictures,
+    neighbour_summary,
+    scenes_like,
+)
+
+
+def test_distance_of_equal_opposite_and_random_features():
+    same = np.tile(np.array([[1.0, 2.0]]), (4, 1)) * np.array([[1], [2], [3], [4]])
+    assert mean_distance(same) == pytest.approx(0, abs=1e-6)  # length says nothing
+    assert mean_distance(np.array([[1.0, 0], [-1, 0]])) == pytest.approx(2)
+    assert mean_distance(np.random.default_rng(0).standard_normal((40, 2000))) == pytest.approx(1, abs=0.02)
+
+
+def test_scenes_show_the_subject_as_the_prompt_allows():
+    for case in single_cases(6, 0, aspect=1.0):
+        scenes = scenes_like(case, 4, 0, aspect=1.0)
+        assert {scene.subjects[0].concept for scene in scenes} == {case.scene.subjects[0].concept}
+        assert {scene.place is None for scene in scenes} == {case.kind == "plain"}
+        assert len({scene.svg for scene in scenes}) > 1 and case.scene.svg not in {scene.svg for scene in scenes}
+
+
+def test_copies_are_found_and_others_are_not(scene_set):
+    group = level_0_group(ShardSet(scene_set), 1.0)
+    height, width = group.size
+    rows = [0, group.count // 2, group.count - 1]
+    copies = [np.array(group.field(row)) for row in rows]
+    larger = [one.repeat(4, axis=0).repeat(4, axis=1) for one in copies]
+    assert larger[0].shape == (4 * height, 4 * width, 3)
+    grey = np.clip(copies[0].astype(int) + np.random.default_rng(0).integers(-1, 2, copies[0].shape), 0, 255)
+    found = nearest_pictures(group, [*copies, *larger, grey.astype(np.uint8)])
+    assert [one.distance for one in found[:6]] == [0.0] * 6
+    assert all(np.array_equal(one.thumbnail, copy) for one, copy in zip(found, copies * 2, strict=False))
+    assert 0 < found[-1].distance < COPY_DISTANCE
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    summary = neighbour_summary([*found, *nearest_pictures(group, [noise] * 7)])
+    assert summary["copies"] == 0.5 and summary["smallest"] == 0 and summary["median"] > 1
+
+
+def test_a_shape_that_the_set_has_not(scene_set):
+    with pytest.raises(DataError, match="no whole pictures of this shape"):
+        level_0_group(ShardSet(scene_set), 9.0)
