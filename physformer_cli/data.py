@@ -85,6 +85,12 @@ def fetch(
     aspect: Annotated[
         str | None, typer.Option(help="Width:height of every scene, for example 16:9; from 9:21 to 21:9 if not given.")
     ] = None,
+    held_out_pairs: Annotated[
+        float | None,
+        typer.Option(
+            help="Of scenes: share of pairs of things that no scene shows together, for eval prompts --pairs."
+        ),
+    ] = None,
     as_json: console.JsonOption = False,
     no_record: console.NoRecordOption = False,
 ) -> None:
@@ -130,6 +136,7 @@ def fetch(
             "count": count,
             "seed": seed,
             "aspect": parse_aspect(aspect) if aspect is not None else None,
+            "held_out_pairs": held_out_pairs,
         }
         run.seeds = [seed] if seed is not None else []
         given = {**found.defaults, **{key: value for key, value in options.items() if value is not None}}

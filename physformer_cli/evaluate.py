@@ -225,6 +225,13 @@ def prompts(
     phrased: Annotated[
         int, typer.Option(min=0, help="Prompts of single subjects in words of everyday, with synonyms.")
     ] = 50,
+    pairs: Annotated[
+        str,
+        typer.Option(metavar="all|seen|held-out", help="Relations of which pairs of things, in what was trained on."),
+    ] = "all",
+    held_out_pairs: Annotated[
+        float, typer.Option(help="The share that data fetch scenes --held-out-pairs was given.")
+    ] = 0.1,
     concepts: Annotated[
         str, typer.Option(metavar="all|everyday|NAME,...", help="What single subjects may be; compared with all.")
     ] = "all",
@@ -266,6 +273,8 @@ def prompts(
             ("--min-top1", min_top1 is not None and not num, "--num 0"),
             ("--min-top5", min_top5 is not None and not num, "--num 0"),
             ("--min-relations", min_relations is not None and not relations, "--relations 0"),
+            ("--pairs", pairs != "all" and not relations, "--relations 0"),
+            ("--held-out-pairs", held_out_pairs != 0.1 and pairs == "all", "--pairs all"),
         ]
     )
     from physformer_core.checkpoints import find_checkpoint
@@ -273,6 +282,7 @@ def prompts(
     from physformer_core.resolution import resolve_size
 
     width, height = resolve_size(res=f"{size}x{size}" if size.isascii() and size.isdigit() else size)
+    ranks = _pair_ranks(pairs, held_out_pairs)
     with recorded_run("eval prompts", record=not no_record, notify=console.say) as run:
         found = find_checkpoint(checkpoint)
         from physformer_core.data.contact_sheet import sheet_size, write_sheet
@@ -301,8 +311,8 @@ def prompts(
             sheet_size(num + relations + phrased, columns=8)
         aspect = width / height
         singles = single_cases(num, seed, aspect=aspect, concepts=chosen_concepts(concepts))
-        pairs = relation_cases(relations, seed, aspect=aspect)
-        cases = [*singles, *pairs, *phrased_cases(phrased, seed, aspect=aspect)]
+        two = relation_cases(relations, seed, aspect=aspect, pair_ranks=ranks)
+        cases = [*singles, *two, *phrased_cases(phrased, seed, aspect=aspect)]
         extractor = load_features(features, feature_model, where)
         requests = make_requests([(case.prompt, width, height) for case in cases], seed, steps, guidance)
         drawn = load_drawn(found, requests, str(where), dtype, run)
@@ -310,7 +320,7 @@ def prompts(
             task = add("clean renders", None, unit="renders")
             gallery = load_gallery(extractor, progress=task.update, notify=console.warn)
             caged = None
-            if pairs:
+            if two:
                 task = add("renders in cages", None, unit="renders")
                 caged = load_gallery(extractor, caged=True, progress=task.update, notify=console.warn)
             task = add("prompts", len(cases), unit="prompts")
@@ -327,13 +337,14 @@ def prompts(
         result: dict[str, Any] = {"format": "physformer-prompts/1"}
         if singles:
             result["single"] = single_report(judged[:num], gallery.concepts)
-        if pairs:
+        if two:
             result["relations"] = relation_report(judged[num : num + relations])
         if phrased:
             result["phrased"] = single_report(judged[num + relations :], gallery.concepts)
         result["spectra"] = spectra_report(*spectra)
         result["recipe"] = {
             "concepts": concepts,
+            "pair_ranks": list(ranks),
             "extractor": extractor.recipe(),
             "gallery": gallery.key,
             "caged_gallery": caged.key if caged is not None else None,
@@ -398,6 +409,15 @@ def reconstruct(
             console.print_table(("MEASURE", "VALUE"), rows)
         if min_psnr is not None and found.psnr is not None and found.psnr < min_psnr:
             miss(run, [f"PSNR {found.psnr:.2f} dB is below {min_psnr:g}"])
+
+
+def _pair_ranks(pairs: str, held_out: float) -> tuple[float, float]:
+    if not 0.05 <= held_out <= 0.9:
+        raise ConfigError(f"--held-out-pairs {held_out:g} is not from 0.05 to 0.9", hint="0.1 is usual")
+    known = {"all": (0.0, 1.0), "seen": (held_out, 1.0), "held-out": (0.0, held_out)}
+    if pairs not in known:
+        raise ConfigError(f"unknown pairs '{pairs}'", hint="all, seen or held-out")
+    return known[pairs]
 
 
 def _fid_requests(

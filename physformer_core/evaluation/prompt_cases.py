@@ -146,18 +146,24 @@ def phrased_cases(count: int, seed: int, *, aspect: float) -> list[PromptCase]:
     return cases
 
 
-def relation_cases(count: int, seed: int, *, aspect: float) -> list[PromptCase]:
+def relation_cases(
+    count: int, seed: int, *, aspect: float, pair_ranks: tuple[float, float] = (0.0, 1.0)
+) -> list[PromptCase]:
     """Prompts of two things, each relation in turn.
 
     Args:
         count, seed, aspect: As in `single_cases`.
+        pair_ranks: Only pairs of such ranks (`compose_scene`): those that a training set held out, or the others. Of a
+            bird in a cage there is no pair, so that relation is left out where a choice is made.
     """
     names = [concept.name for concept in load_concepts()]
-    relations = list(RELATIONS)
+    relations = [relation for relation in RELATIONS if relation != "in" or pair_ranks == (0.0, 1.0)]
     cases = []
     for number in range(count):
         relation = relations[number % len(relations)]
-        scene = compose_scene(CASE_SEED + seed, _RELATION_OFFSET + number, aspect=aspect, relation=relation)
+        scene = compose_scene(
+            CASE_SEED + seed, _RELATION_OFFSET + number, aspect=aspect, relation=relation, pair_ranks=pair_ranks
+        )
         subject, other = scene.subjects[0].concept, scene.subjects[1].concept
         # In a cage nothing is between; the cage is no concept of its own.
         row = None if relation == "in" else names.index(other)

@@ -222,6 +222,10 @@ def test_prompts_threshold(physformer, tiny_features, tiny_checkpoint):
         (("--num", "0", "--min-top1", "0.5"), "--min-top1 has no effect"),
         (("--relations", "0", "--min-relations", "0.5"), "--min-relations has no effect"),
         (("--size", "huge"), "huge"),
+        (("--pairs", "new"), "unknown pairs"),
+        (("--pairs", "seen", "--relations", "0"), "--pairs has no effect"),
+        (("--held-out-pairs", "0.2"), "--held-out-pairs has no effect"),
+        (("--held-out-pairs", "0.01", "--pairs", "seen"), "not from 0.05"),
         (("--checkpoint", "none"), "there is no checkpoint"),
     ],
 )

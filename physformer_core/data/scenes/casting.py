@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from random import Random
 
 from physformer_core.data.scenes.backdrops import PLACE_TIMES
@@ -202,7 +203,22 @@ def background_for(random: Random, concept: Concept, colour: str | None) -> str:
     return pick(random, fit)
 
 
-def pick_pair(random: Random, relation: str) -> tuple[Concept, Concept]:
+def pair_rank(first: Concept, second: Concept) -> float:
+    """A number in [0, 1) that belongs to two concepts, in either order: pairs below a share are the ones held out."""
+    names = "|".join(sorted((first.name, second.name)))
+    return int.from_bytes(hashlib.sha256(f"physformer-pair:{names}".encode()).digest()[:7], "big") / 2**56
+
+
+def pick_pair(random: Random, relation: str, ranks: tuple[float, float] = (0.0, 1.0)) -> tuple[Concept, Concept]:
+    """Subject and object of a relation other than being in a cage, whose `pair_rank` is within [from, to)."""
+    low, high = ranks
+    while True:
+        pair = _pick_pair(random, relation)
+        if low <= pair_rank(*pair) < high:
+            return pair
+
+
+def _pick_pair(random: Random, relation: str) -> tuple[Concept, Concept]:
     """Subject and object of a relation other than being in a cage."""
     animals = ("land", "face", "air")
     if relation == "over":

@@ -510,6 +510,7 @@ def compose_scene(
     place: str | None = None,
     time: str | None = None,
     concept: str | None = None,
+    pair_ranks: tuple[float, float] = (0.0, 1.0),
 ) -> Scene:
     """Composes the scene of a number.
 
@@ -522,6 +523,8 @@ def compose_scene(
         place: Setting of a "setting" or "place" scene.
         time: Time of day of a "setting" or "place" scene.
         concept: Main subject of a "single" or "setting" scene, or of a scene with a cage.
+        pair_ranks: Two things are shown together only if their `casting.pair_rank` is within [from, to): the pairs
+            that a training set holds out are ranked below a share.
 
     Raises:
         DataError: If an option is unknown or doesn't go with the kind.
@@ -534,6 +537,8 @@ def compose_scene(
         aspect = int(across) / int(down)
     if not 0.1 <= aspect <= 10:
         raise DataError(f"aspect {aspect} is not between 0.1 and 10")
+    if not 0 <= pair_ranks[0] <= pair_ranks[1] - 0.05 <= 0.95:  # fewer, and a relation might have none
+        raise DataError(f"pairs ranked {pair_ranks[0]:g} to {pair_ranks[1]:g} are too few, or out of 0 to 1")
     kind = "pair" if relation else (kind or drawn_kind)
     if kind not in KINDS or (relation and relation not in RELATIONS):
         raise DataError(f"unknown kind {kind!r} or relation {relation!r}", hint=f"kinds: {', '.join(KINDS)}")
@@ -553,7 +558,7 @@ def compose_scene(
             subject = chosen or pick_captive(random)
             _caged(stage, subject, paint_of(random, subject))
         else:
-            _pair(stage, how, *pick_pair(random, how))
+            _pair(stage, how, *pick_pair(random, how, pair_ranks))
     elif kind == "place":
         where = place or pick(random, PLACE_ALONE)
         stage.set_place(where, time or pick_time(random, None, where))

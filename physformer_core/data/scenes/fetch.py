@@ -27,13 +27,18 @@ ATTRIBUTION = (
 ROWS_PER_FILE = 2000
 
 
-def _write_file(job: tuple[str, int, int, int, float | None]) -> tuple[str, int]:
+_Job = tuple[str, int, int, int, float | None, float]
+"""File, seed, first and last scene, aspect, share of pairs held out."""
+
+
+def _write_file(job: _Job) -> tuple[str, int]:
     """Composes the scenes of one file and writes it. Top-level, because worker processes call it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path, seed, start, stop, aspect = job
-    scenes = [compose_scene(seed, index, aspect=aspect) for index in range(start, stop)]
+    path, seed, start, stop, aspect, held_out = job
+    ranks = (held_out, 1.0)
+    scenes = [compose_scene(seed, index, aspect=aspect, pair_ranks=ranks) for index in range(start, stop)]
     table = pa.table(
         {
             "key": pa.array([scene.key for scene in scenes], pa.string()),
@@ -55,7 +60,7 @@ def _sidecar(path: Path) -> Path:
     return path.with_suffix(".done.json")
 
 
-def _finished(path: Path, job: tuple[str, int, int, int, float | None]) -> bool:
+def _finished(path: Path, job: _Job) -> bool:
     """Whether an earlier run wrote this very file completely."""
     sidecar = _sidecar(path)
     if not (path.exists() and sidecar.exists()):
@@ -80,6 +85,7 @@ def fetch_scenes(
     count: int,
     seed: int,
     aspect: float | None = None,
+    held_out_pairs: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
     workers: int = 1,
     rows_per_file: int = ROWS_PER_FILE,
@@ -94,6 +100,7 @@ def fetch_scenes(
         count: How many scenes.
         seed: Number of the collection.
         aspect: Width divided by height of all scenes; drawn for each by default.
+        held_out_pairs: Share of the pairs of concepts, 0 to 0.9, that no scene shows together.
         progress: Called with (scenes done, scenes in all) before the first and after every file; not at all if the
             set is there already.
         workers: Processes that compose.
@@ -115,13 +122,24 @@ def fetch_scenes(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(folder / "manifest.json", error) from error
+    if not 0 <= held_out_pairs <= 0.9:
+        raise DataError(f"the share of pairs held out must be from 0 to 0.9, not {held_out_pairs:g}")
     options = {"aspect": aspect, "rows_per_file": rows_per_file, "version": SCENES_VERSION}
+    if held_out_pairs:  # left out where there are none: sets from before there was a choice stay the same set
+        options["held_out_pairs"] = held_out_pairs
     source = {"name": "scenes", "seed": seed, "count": count, "options": options}
     manifest_path = folder / "manifest.json"
     known = _read_manifest(manifest_path, source)
     hashes = {entry["name"]: entry["sha256"] for entry in known["files"]} if known is not None else {}
     jobs = [
-        (str(folder / f"examples-{number:05d}.parquet"), seed, start, min(start + rows_per_file, count), aspect)
+        (
+            str(folder / f"examples-{number:05d}.parquet"),
+            seed,
+            start,
+            min(start + rows_per_file, count),
+            aspect,
+            held_out_pairs,
+        )
         for number, start in enumerate(range(0, count, rows_per_file))
     ]
     done = 0

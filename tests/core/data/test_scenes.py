@@ -9,7 +9,7 @@ import pytest
 
 from physformer_core.data.scenes import FAMILIAR_PROMPTS, compose_scene, fetch_scenes, load_concepts, render_svg
 from physformer_core.data.scenes.backdrops import PLACE_TIMES
-from physformer_core.data.scenes.casting import SUPPORTS, places_of, times_of
+from physformer_core.data.scenes.casting import SUPPORTS, pair_rank, places_of, times_of
 from physformer_core.data.scenes.composer import KINDS, RELATIONS
 from physformer_core.data.scenes.concepts import art_markup, art_shape, concept_named
 from physformer_core.errors import DataError
@@ -169,3 +169,36 @@ def test_fetch_resumes_and_does_not_depend_on_workers(tmp_path):
     assert (tmp_path / "three" / "examples-00000.parquet").stat().st_mtime_ns == stamp
     with pytest.raises(DataError, match="another set"):
         fetch_scenes(tmp_path / "three", count=26, seed=4, rows_per_file=10)
+
+
+def test_pairs_can_be_held_out(tmp_path):
+    def pair(scene):
+        return tuple(concept_named(subject.concept) for subject in scene.subjects)
+
+    def pairs(ranks):
+        scenes = [compose_scene(9, k, relation=how, pair_ranks=ranks) for how in ("next to", "on") for k in range(40)]
+        return [pair_rank(*pair(scene)) for scene in scenes]
+
+    assert all(rank >= 0.1 for rank in pairs((0.1, 1.0))) and all(rank < 0.1 for rank in pairs((0.0, 0.1)))
+    everything = pairs((0.0, 1.0))
+    assert 0 < sum(rank < 0.5 for rank in everything) < len(everything)
+    cat, dog = concept_named("cat"), concept_named("dog")
+    assert pair_rank(cat, dog) == pair_rank(dog, cat) != pair_rank(cat, cat)
+    # Only pairs that are held out change: all others of a collection stay the very same scenes.
+    for k in range(60):
+        scene = compose_scene(3, k)
+        shown = pair(scene) if len(scene.subjects) == 2 and scene.relation != "in" else None
+        same = compose_scene(3, k, pair_ranks=(0.1, 1.0)).svg == scene.svg
+        assert same == (shown is None or pair_rank(*shown) >= 0.1)
+
+    plain = fetch_scenes(tmp_path / "plain", count=5, seed=4)
+    fewer = fetch_scenes(tmp_path / "fewer", count=5, seed=4, held_out_pairs=0.1)
+    assert "held_out_pairs" not in plain["source"]["options"]
+    assert fewer["source"]["options"]["held_out_pairs"] == 0.1
+    with pytest.raises(DataError, match="another set"):
+        fetch_scenes(tmp_path / "plain", count=5, seed=4, held_out_pairs=0.1)
+    for wrong in (-0.1, 0.95):
+        with pytest.raises(DataError, match="share of pairs held out"):
+            fetch_scenes(tmp_path / "wrong", count=5, seed=4, held_out_pairs=wrong)
+    with pytest.raises(DataError, match="too few"):
+        compose_scene(0, 0, pair_ranks=(0.5, 0.51))

@@ -3,6 +3,7 @@ import re
 import pytest
 
 from physformer_core.data.scenes import compose_scene, load_concepts
+from physformer_core.data.scenes.casting import pair_rank
 from physformer_core.data.scenes.composer import RELATIONS
 from physformer_core.errors import ConfigError
 from physformer_core.evaluation.prompt_cases import (
@@ -62,3 +63,13 @@ def test_no_scene_is_described_in_a_phrasing():
     outer = [re.sub(r"\{a?\}", "", phrasing).strip(" ,") for phrasing in PHRASINGS]
     captions = [caption for number in range(400) for caption in compose_scene(5, number).captions]
     assert not [(words, caption) for words in outer for caption in captions if len(words) > 4 and words in caption]
+
+
+def test_relations_of_held_out_pairs_and_of_the_others():
+    concepts = load_concepts()
+    for low, high in ((0.0, 0.1), (0.1, 1.0)):
+        cases = relation_cases(12, 0, aspect=1.0, pair_ranks=(low, high))
+        assert [case.kind for case in cases[:6]] == [relation for relation in RELATIONS if relation != "in"]
+        for case in cases:
+            assert case.other is not None
+            assert low <= pair_rank(concepts[case.subject], concepts[case.other]) < high
