@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +188,7 @@ class PhysFormerPipeline(DiffusionPipeline):
         num_inference_steps: int | Sequence[int] | None = None,
         guidance: Guidance | float = DEFAULT_GUIDANCE,
         solver: str = "euler",
+        given_levels: Mapping[int, Tensor] | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[[StepEvent], None] | None = None,
         callback_on_level_end: Callable[[StepEvent], None] | None = None,
@@ -204,6 +205,8 @@ class PhysFormerPipeline(DiffusionPipeline):
             num_inference_steps: See `steps_per_level`.
             guidance: A `Guidance`, or its scale.
             solver: One of `physformer_core.flow.solver.SOLVERS`.
+            given_levels: Fields [B, C, padded height, padded width] of levels that are taken instead of drawn; the
+                others go on from them: for upscaling, and to find the level that something is lost at.
             output_type: ``pil``, ``np`` or ``pt``.
             callback_on_step_end, callback_on_level_end: Told of progress.
             return_dict: Whether to wrap the result.
@@ -226,7 +229,11 @@ class PhysFormerPipeline(DiffusionPipeline):
         conditional = self.encode_prompt(prompts)
         unconditional = self.encode_prompt([negative_prompt] * len(prompts))
         field: Tensor | None = None
+        given = self._check_given(given_levels or {}, sizes, len(prompts))
         for size, count in zip(sizes, steps, strict=True):
+            if size.level in given:
+                field = given[size.level]
+                continue
             settings = SolverSettings(name=solver, steps=count)
             field = self._run_level(
                 size, len(sizes), field, seeds, indices, conditional, unconditional, guidance, settings,
@@ -237,6 +244,15 @@ class PhysFormerPipeline(DiffusionPipeline):
         assert field is not None
         images = self.postprocess(field, height, width, output_type)
         return PhysFormerPipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_given(self, given: Mapping[int, Tensor], sizes: Sequence[LevelSize], batch: int) -> dict[int, Tensor]:
+        for level, field in given.items():
+            if not 0 <= level < len(sizes):
+                raise SizeError(f"there is no level {level} to be given", hint=f"levels are 0 to {len(sizes) - 1}")
+            wanted = (batch, self.codec.channels, sizes[level].padded_height, sizes[level].padded_width)
+            if tuple(field.shape) != wanted:
+                raise SizeError(f"level {level} was given as {tuple(field.shape)}, but is {wanted}")
+        return {level: field.to(self.transformer.device, torch.float32) for level, field in given.items()}
 
     def _run_level(
         self,

@@ -35,6 +35,15 @@ def test_contact_sheet(tmp_path: Path, tiny_checkpoint: Path) -> None:
         assert sheet.height > 7 * 64 and sheet.width > 2 * 64
 
 
+@pytest.mark.slow
+def test_which_level(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "which_level.py"), "--num", "2", "--concepts", "cat,dog", "--side", "64"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
+    assert [line.split("top-1")[0].strip() for line in done.stdout.splitlines()] == [
+        "drawn from level 0", "drawn from level 1",
+    ]  # fmt: skip
+
+
 def test_slurm_script(tmp_path: Path) -> None:
     """The script as far as it runs without Slurm, whose commands, and torchrun, just say what they are given."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)

@@ -176,6 +176,30 @@ def test_callbacks_see_every_step_and_level(pipeline: PhysFormerPipeline) -> Non
     assert preview[0].size == (34, 22)
 
 
+def test_levels_that_are_given_are_not_drawn(pipeline: PhysFormerPipeline) -> None:
+    fields: dict[int, torch.Tensor] = {}
+
+    def keep(event: StepEvent) -> None:
+        fields[event.level] = event.field.clone()
+
+    settings = {"height": 72, "width": 100, "seeds": 3, "output_type": "pt", "num_inference_steps": 2}
+    whole = pipeline("a b", **settings, callback_on_level_end=keep).images
+    last = max(fields)
+    assert last > 0
+    given = {0: fields.pop(0)}
+    kept = dict(fields)
+    fields.clear()
+    again = pipeline("a b", **settings, callback_on_level_end=keep, given_levels=given).images
+    assert torch.equal(whole, again) and fields.keys() == kept.keys()
+    other = pipeline("a b", **settings, given_levels={0: -given[0]}).images
+    assert (other - whole).abs().max() > 0.1
+    assert torch.equal(pipeline("a b", **settings, given_levels={last: kept[last]}).images, whole)
+    with pytest.raises(SizeError, match="no level 9"):
+        pipeline("a b", **settings, given_levels={9: given[0]})
+    with pytest.raises(SizeError, match="level 0 was given as"):
+        pipeline("a b", **settings, given_levels={0: given[0][..., :-1]})
+
+
 def test_steps_per_level() -> None:
     assert steps_per_level(None, 6) == [20, 4, 3, 2, 2, 2]
     assert steps_per_level(None, 1) == [DEFAULT_STEPS[0]]

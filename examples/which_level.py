@@ -1,0 +1,62 @@
+"""Finds the level at which subjects are lost: prompt accuracy with coarse levels taken from real scenes.
+
+python examples/which_level.py --num 72 --concepts everyday
+
+Each row draws the same prompts, the first as usual, the others with their coarsest levels averaged from the very scene
+that the prompt describes. Where accuracy jumps, the level that was still drawn before is what loses the subject.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from physformer_core.checkpoints import load_pipeline
+from physformer_core.data.scenes import render_svg
+from physformer_core.evaluation.features import load_extractor
+from physformer_core.evaluation.gallery import load_gallery
+from physformer_core.evaluation.prompt_accuracy import Judge
+from physformer_core.evaluation.prompt_cases import chosen_concepts, single_cases
+from physformer_core.hardware import resolve_device, resolve_dtype
+
+BATCH = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="the shipped one if not given")
+    parser.add_argument("--num", type=int, default=72)
+    parser.add_argument("--concepts", default="everyday")
+    parser.add_argument("--side", type=int, default=256, help="a power of two times 32")
+    options = parser.parse_args()
+
+    device = resolve_device("auto")
+    pipeline = load_pipeline(options.checkpoint, device=device, dtype=resolve_dtype("auto", device))
+    extractor = load_extractor("efficientnet", None, device)
+    judge = Judge(extractor, load_gallery(extractor))
+    cases = single_cases(options.num, 0, aspect=1.0, concepts=chosen_concepts(options.concepts))
+    scenes = [np.asarray(render_svg(case.scene.svg, options.side, options.side)) for case in cases]
+    sizes = pipeline.level_sizes(options.side, options.side)
+    for levels in range(len(sizes)):
+        ranks = []
+        for first in range(0, len(cases), BATCH):
+            some = cases[first : first + BATCH]
+            real = np.stack(scenes[first : first + BATCH]).transpose(0, 3, 1, 2)
+            real_bchw = torch.from_numpy(real).float() / 127.5 - 1
+            given = {size.level: F.avg_pool2d(real_bchw, options.side // size.height) for size in sizes[:levels]}
+            drawn = pipeline(
+                [case.prompt for case in some],
+                height=options.side,
+                width=options.side,
+                seeds=list(range(first, first + len(some))),
+                given_levels=given,
+            )
+            ranks += [judge.judge(case, np.asarray(image)).rank for case, image in zip(some, drawn.images, strict=True)]
+        shown = " ".join(f"top-{most} {np.mean(np.array(ranks) < most):5.1%}" for most in (1, 5))
+        print(f"{'drawn from level ' + str(levels):24}{shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
