@@ -23,6 +23,7 @@ from physformer_cli.evaluate_common import (
     load_features,
     make_requests,
     miss,
+    pixels_of,
     write_result,
 )
 from physformer_core.errors import ConfigError
@@ -279,9 +280,8 @@ def prompts(
     )
     from physformer_core.checkpoints import find_checkpoint
     from physformer_core.project import recorded_run
-    from physformer_core.resolution import resolve_size
 
-    width, height = resolve_size(res=f"{size}x{size}" if size.isascii() and size.isdigit() else size)
+    width, height = pixels_of(size)
     ranks = _pair_ranks(pairs, held_out_pairs)
     with recorded_run("eval prompts", record=not no_record, notify=console.say) as run:
         found = find_checkpoint(checkpoint)
@@ -412,8 +412,12 @@ def reconstruct(
 
 
 def _pair_ranks(pairs: str, held_out: float) -> tuple[float, float]:
-    if not 0.05 <= held_out <= 0.9:
-        raise ConfigError(f"--held-out-pairs {held_out:g} is not from 0.05 to 0.9", hint="0.1 is usual")
+    from physformer_core.data.scenes.fetch import LEAST_HELD_OUT, MOST_HELD_OUT
+
+    if not LEAST_HELD_OUT <= held_out <= MOST_HELD_OUT:
+        raise ConfigError(
+            f"--held-out-pairs {held_out:g} is not from {LEAST_HELD_OUT:g} to {MOST_HELD_OUT:g}", hint="0.1 is usual"
+        )
     known = {"all": (0.0, 1.0), "seen": (held_out, 1.0), "held-out": (0.0, held_out)}
     if pairs not in known:
         raise ConfigError(f"unknown pairs '{pairs}'", hint="all, seen or held-out")

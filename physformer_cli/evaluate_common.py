@@ -50,6 +50,13 @@ OutputOption = Annotated[
 ]
 
 
+def pixels_of(size: str) -> tuple[int, int]:
+    """Width and height of `--size`: a side, or what `--res` takes."""
+    from physformer_core.resolution import resolve_size
+
+    return resolve_size(res=f"{size}x{size}" if size.isascii() and size.isdigit() else size)
+
+
 def make_requests(
     pictures: Sequence[tuple[str, int, int]], seed: int, steps: str | None, guidance: float
 ) -> list[PictureRequest]:

@@ -24,18 +24,16 @@ from physformer_cli.evaluate_common import (
     load_features,
     make_requests,
     miss,
+    pixels_of,
     write_result,
 )
-from physformer_core.errors import ConfigError
 from physformer_core.flow import DEFAULT_GUIDANCE
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from physformer_core.evaluation.effort import Effort
     from physformer_core.evaluation.prompt_accuracy import Share
     from physformer_core.evaluation.prompt_cases import PromptCase
-    from physformer_core.evaluation.variety import Neighbour
+    from physformer_core.evaluation.variety import Look, Neighbour
 
 VARIETY_EPILOG = """Examples:
 
@@ -59,7 +57,6 @@ The knee is the fewest evaluations whose top-5 is within one standard error of t
 batches on this machine; compare them within one run.
 """
 DEFAULT_COUNTS = "3,5,7,10,14,20"
-_MOST_STEPS = 1000
 
 ConceptsOption = Annotated[str, typer.Option(metavar="all|everyday|NAME,...", help="What the prompts may ask for.")]
 SizeOption = Annotated[str, typer.Option(metavar="SIDE|RES|WxH", help="256 (square), 720p or 1280x720.")]
@@ -102,7 +99,10 @@ def variety(
 
     With --data-dir it also says how near each picture is to the nearest that was trained on, and how many are copies.
     """
+    import numpy as np
+
     from physformer_core.checkpoints import find_checkpoint
+    from physformer_core.data.contact_sheet import sheet_size
     from physformer_core.data.scenes import render_svg
     from physformer_core.data.shard_set import ShardSet
     from physformer_core.evaluation.pictures import draw_requests
@@ -110,6 +110,7 @@ def variety(
     from physformer_core.evaluation.variety import (
         COPY_DISTANCE,
         level_0_group,
+        look_at,
         mean_distance,
         nearest_pictures,
         neighbour_summary,
@@ -118,7 +119,7 @@ def variety(
     from physformer_core.hardware import resolve_device
     from physformer_core.project import recorded_run
 
-    width, height = _pixels(size)
+    width, height = pixels_of(size)
     with recorded_run("eval variety", record=not no_record, notify=console.say) as run:
         found, where = find_checkpoint(checkpoint), resolve_device(device)
         shards = ShardSet(data_dir) if data_dir is not None else None
@@ -128,38 +129,40 @@ def variety(
         # One picture for each prompt and seed: all of a prompt differ by their index alone.
         texts = [(case.prompt, width, height) for case in cases for _ in range(seeds)]
         drawn = load_drawn(found, make_requests(texts, seed, steps, guidance), str(where), dtype, run)
+        if contact_sheet is not None:  # told before an hour of drawing
+            sheet_size(len(texts) * (1 if group is None else 2), columns=seeds)
         with console.progress() as add:
             task = add("pictures", len(texts), unit="pictures")
-            pictures: list[Any] = [None] * len(texts)
-            for done, (number, picture) in enumerate(draw_requests(found, drawn.pipeline, drawn.requests), start=1):
-                pictures[number] = picture
-                task.update(done)
+            looked: dict[int, Look] = {}
+            for number, picture in draw_requests(found, drawn.pipeline, drawn.requests):
+                looked[number] = look_at(picture, extractor, group)
+                task.update(len(looked))
+            looks = [looked[number] for number in range(len(texts))]
             task = add("scenes to compare with", len(cases), unit="prompts")
             rows: list[dict[str, Any]] = []
-            scenes: list[np.ndarray] = []
+            scenes: list[Look] = []
             for number, case in enumerate(cases):
-                real = [
-                    render_svg(scene.svg, width, height)
-                    for scene in scenes_like(case, seeds, seed, aspect=width / height)
-                ]
-                scenes += real
-                own = pictures[seeds * number : seeds * (number + 1)]
-                distances = [mean_distance(extractor.extract(list(some))) for some in (own, real)]
+                like = scenes_like(case, number, seeds, seed, aspect=width / height)
+                real = [look_at(render_svg(scene.svg, width, height), extractor, group) for scene in like]
+                own = looks[seeds * number : seeds * (number + 1)]
+                distances = [mean_distance(np.stack([one.features for one in some])) for some in (own, real)]
                 rows.append({"prompt": case.prompt, "drawn": distances[0], "data": distances[1]})
+                scenes += real
                 task.update(number + 1)
             neighbours: list[Neighbour] = []
             nearest: dict[str, Any] | None = None
             if shards is not None and group is not None:
-                task = add("nearest of the set", None, unit="pictures")
-                neighbours = nearest_pictures(group, pictures)
+                task = add("nearest of the set", len(looks) + len(scenes), unit="pictures")
+                neighbours = nearest_pictures(group, [one.small for one in looks])
+                task.update(len(looks))
                 nearest = {
                     "set": shards.key,
                     "examples": group.count,
                     "copy_distance": COPY_DISTANCE,
                     "drawn": neighbour_summary(neighbours),
-                    "scenes": neighbour_summary(nearest_pictures(group, scenes)),
+                    "scenes": neighbour_summary(nearest_pictures(group, [one.small for one in scenes])),
                 }
-                task.update(len(pictures))
+                task.update(len(looks) + len(scenes))
         means = {key: sum(float(row[key]) for row in rows) / len(rows) for key in ("drawn", "data")}
         result: dict[str, Any] = {
             "format": "physformer-variety/1",
@@ -176,7 +179,7 @@ def variety(
             run.data_sha256 = shards.key
         write_result(output, result, run)
         if contact_sheet is not None:
-            _write_sheet(contact_sheet, cases, pictures, neighbours, seeds, run)
+            _write_sheet(contact_sheet, cases, looks, neighbours, seeds, run)
         _replay(run, {"--output": output, "--contact-sheet": contact_sheet})
         if json_output:
             console.print_json(result)
@@ -222,7 +225,7 @@ def steps(
     from physformer_core.project import recorded_run
 
     tried = _counts(counts)
-    width, height = _pixels(size)
+    width, height = pixels_of(size)
     with recorded_run("eval steps", record=not no_record, notify=console.say) as run:
         found, where = find_checkpoint(checkpoint), resolve_device(device)
         cases = single_cases(num, seed, aspect=width / height, concepts=chosen_concepts(concepts))
@@ -235,6 +238,8 @@ def steps(
             gallery = load_gallery(extractor, progress=task.update, notify=console.warn)
             judge = Judge(extractor, gallery)
             task = add("prompts", len(tried) * num, unit="prompts")
+            for _ in draw_requests(found, drawn.pipeline, make_requests(texts[:1], seed, "1", guidance)):
+                pass  # loads the text encoder and tries the kernels, which is no count's own time
             for count in tried:
                 requests = make_requests(texts, seed, str(count), guidance)
                 started = time.monotonic()
@@ -252,6 +257,7 @@ def steps(
                 )
                 task.update(len(efforts) * num)
         best = knee(efforts)
+        recipe = {key: value for key, value in drawn.recipe().items() if key != "steps"}
         # Without times, which no run repeats: the same run must write the same bytes.
         result: dict[str, Any] = {
             "format": "physformer-steps/1",
@@ -261,7 +267,7 @@ def steps(
                 "concepts": concepts,
                 "extractor": extractor.recipe(),
                 "gallery": gallery.key,
-                "generated": drawn.recipe(),
+                "generated": recipe,
             },
         }
         run.device, run.seeds, run.config = str(where), [seed], result
@@ -271,24 +277,18 @@ def steps(
             plot = next_free_name(plot)
             write_sheet(draw_efforts(efforts), plot)
             console.say(f"wrote {plot}")
-        _replay(run, {"--output": output})
+        _replay(run, {"--output": output, "--plot": plot})
         if json_output:
             console.print_json(result | {"seconds": [one.seconds for one in efforts]})
             return
         _print_efforts(efforts, best)
 
 
-def _pixels(size: str) -> tuple[int, int]:
-    from physformer_core.resolution import resolve_size
-
-    return resolve_size(res=f"{size}x{size}" if size.isascii() and size.isdigit() else size)
-
-
 def _counts(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= _MOST_STEPS for part in parts):
-        raise ConfigError(f"'{text}' is not a list of steps", hint=f"for example {DEFAULT_COUNTS}")
-    return sorted({int(part) for part in parts})
+    from physformer_core.batching import parse_steps
+
+    parsed = parse_steps(text)
+    return sorted({parsed} if isinstance(parsed, int) else set(parsed))
 
 
 def _replay(run: Any, files: dict[str, Path | None]) -> None:
@@ -303,7 +303,7 @@ def _replay(run: Any, files: dict[str, Path | None]) -> None:
 def _write_sheet(
     path: Path,
     cases: Sequence[PromptCase],
-    pictures: Sequence[np.ndarray],
+    looks: Sequence[Look],
     neighbours: Sequence[Neighbour],
     seeds: int,
     run: Any,
@@ -312,26 +312,24 @@ def _write_sheet(
     from PIL import Image
 
     from physformer_core.data.contact_sheet import Exhibit, draw_sheet, write_sheet
+    from physformer_core.evaluation.variety import THUMBNAIL
     from physformer_core.files import next_free_name
-
-    side = 160
-
-    def shown(picture: np.ndarray) -> Image.Image:
-        image = Image.fromarray(picture)
-        scale = side / max(image.size)
-        return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
     exhibits = []
     for number, case in enumerate(cases):
         own = range(seeds * number, seeds * (number + 1))
-        exhibits += [Exhibit(shown(pictures[k]), case.prompt, f"picture {k - own.start}") for k in own]
+        exhibits += [Exhibit(looks[k].thumbnail, case.prompt, f"picture {k - own.start}") for k in own]
         if neighbours:
             exhibits += [
-                Exhibit(shown(neighbours[k].thumbnail), "nearest of the set", f"distance {neighbours[k].distance:.1f}")
+                Exhibit(
+                    Image.fromarray(neighbours[k].picture).resize(looks[k].thumbnail.size, Image.Resampling.BICUBIC),
+                    "nearest of the set",
+                    f"distance {neighbours[k].distance:.1f}",
+                )
                 for k in own
             ]
     name = next_free_name(path)
-    write_sheet(draw_sheet(exhibits, columns=seeds, size=side), name)
+    write_sheet(draw_sheet(exhibits, columns=seeds, size=THUMBNAIL), name)
     run.add_output(name)
 
 
@@ -358,10 +356,8 @@ def _print_efforts(efforts: Sequence[Effort], best: Effort) -> None:
             str(one.steps) + (" (knee)" if one is best else ""),
             str(one.evaluations),
             f"{one.seconds:.2g}",
-            *(
-                f"{100 * share.value:.0f}% ({100 * share.low:.0f}-{100 * share.high:.0f})"
-                for share in (one.top1, one.top5)
-            ),
+            _with_interval(one.top1),
+            _with_interval(one.top5),
         )
         for one in efforts
     ]

@@ -205,8 +205,9 @@ class PhysFormerPipeline(DiffusionPipeline):
             num_inference_steps: See `steps_per_level`.
             guidance: A `Guidance`, or its scale.
             solver: One of `physformer_core.flow.solver.SOLVERS`.
-            given_levels: Fields [B, C, padded height, padded width] of levels that are taken instead of drawn; the
-                others go on from them: for upscaling, and to find the level that something is lost at.
+            given_levels: Fields [B, C, padded height, padded width] of levels that are taken instead of drawn; finer
+                levels go on from them, coarser ones are not drawn: for upscaling, and to find the level that
+                something is lost at.
             output_type: ``pil``, ``np`` or ``pt``.
             callback_on_step_end, callback_on_level_end: Told of progress.
             return_dict: Whether to wrap the result.
@@ -225,14 +226,15 @@ class PhysFormerPipeline(DiffusionPipeline):
         self.check_inputs(prompts, negative, height, width, seeds)
 
         sizes = self.level_sizes(height, width)
+        given = self._check_given(given_levels or {}, sizes, len(prompts))
         steps = steps_per_level(num_inference_steps, len(sizes))
         conditional = self.encode_prompt(prompts)
         unconditional = self.encode_prompt([negative_prompt] * len(prompts))
         field: Tensor | None = None
-        given = self._check_given(given_levels or {}, sizes, len(prompts))
         for size, count in zip(sizes, steps, strict=True):
             if size.level in given:
                 field = given[size.level]
+            if size.level <= max(given, default=-1):
                 continue
             settings = SolverSettings(name=solver, steps=count)
             field = self._run_level(

@@ -25,7 +25,7 @@ class PromptCase:
     """A prompt and the scene it describes.
 
     Args:
-        prompt: One of the scene's captions.
+        prompt: One of the scene's captions; of "phrased" cases, words that none of them has.
         scene: The scene.
         subject: Row of its main concept in the gallery.
         other: Row of the other thing; None for a single subject or a cage.

@@ -68,24 +68,28 @@ class GradientSpectrum:
             for power in self._power:
                 frequency = np.arange(len(power)) / (2 * (len(power) - 1))
                 parts.append(power[(frequency >= low) & (frequency <= high)])
-            shares.append(float(np.concatenate(parts).mean()) / self.count)
+            values = np.concatenate(parts)  # none in a picture of a few pixels
+            shares.append(float(values.mean()) / self.count if len(values) else 0.0)
         return shares
 
     def comb(self, period: int) -> float | None:
-        """Power at the multiples of a seam's frequency over that of their neighbours: 1 where there are no seams.
+        """Power at a seam's frequency and its odd multiples over that of their neighbours: 1 where there are no seams.
+
+        Seams twice as close leave nothing there. Seams twice as far apart do: of periods, the coarsest that is above 1
+        is the one that has seams.
 
         Args:
             period: One of ``periods``.
 
         Returns:
-            The mean over multiples, rows and columns; None where the pictures are too small to tell.
+            The mean over frequencies, rows and columns; None where the pictures are too small to tell.
         """
         ratios = []
         for power in self._combs[period]:
             step = 2 * (len(power) - 1) // period
             if step < _BETWEEN:
                 continue
-            for peak in range(step, len(power), step):
+            for peak in range(step, len(power), 2 * step):
                 near = [place for d in _NEIGHBOURS for place in (peak - d, peak + d) if 0 < place < len(power)]
                 level = float(power[near].mean())
                 if level > 0:

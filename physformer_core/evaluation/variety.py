@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from physformer_core.data.scenes import compose_scene, load_concepts
+from physformer_core.data.scenes import compose_scene
 from physformer_core.data.scenes.composer import Scene
 from physformer_core.data.shard_set import Group, ShardSet
 from physformer_core.errors import DataError
+from physformer_core.evaluation.features import FeatureExtractor
 from physformer_core.evaluation.gallery import unit
 from physformer_core.evaluation.prompt_cases import CASE_SEED, PromptCase
 
@@ -20,26 +22,40 @@ COPY_DISTANCE = 4.0
 """Root mean square in steps of 255 at level 0's size below which a picture counts as a copy: what rounding, another
 resize or JPEG leave between two files of one picture."""
 
+THUMBNAIL = 160
 _SCENES_OFFSET = 3_000_000
 _BLOCK = 4096
 
 
-def scenes_like(case: PromptCase, count: int, seed: int, *, aspect: float) -> list[Scene]:
-    """Other scenes of a case's subject, framed as its prompt allows: what the data would show for it.
+def scenes_like(case: PromptCase, number: int, count: int, seed: int, *, aspect: float) -> list[Scene]:
+    """Other scenes of what a prompt asks for: the same subject in its colour, and the same place, time and background
+    where there is one and the prompt names it.
 
     Args:
         case: Of a single subject.
+        number: Of the case: no two cases get the same scenes.
         count: How many.
         seed: Decides them; none is in a training set.
         aspect: Width divided by height.
     """
-    concept = load_concepts()[case.subject].name
-    kind = "setting" if case.kind == "place" else "single"
-    first = _SCENES_OFFSET + 1000 * case.subject
-    return [
-        compose_scene(CASE_SEED + seed, first + number, aspect=aspect, kind=kind, concept=concept)
-        for number in range(count)
-    ]
+    asked, first = case.scene, _SCENES_OFFSET + 100_000 * number
+    scenes: list[Scene] = []
+    for index in itertools.count(first):
+        scene = compose_scene(
+            CASE_SEED + seed,
+            index,
+            aspect=aspect,
+            kind="setting" if asked.place else "single",
+            concept=asked.subjects[0].concept,
+            place=asked.place,
+            time=asked.time,
+        )
+        same = scene.subjects[0].colour == asked.subjects[0].colour
+        if same and (scene.background == asked.background or " background" not in case.prompt):
+            scenes.append(scene)
+        if len(scenes) == count:
+            return scenes
+    raise AssertionError("colours and backgrounds repeat")
 
 
 def mean_distance(features_nd: np.ndarray) -> float:
@@ -50,16 +66,40 @@ def mean_distance(features_nd: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
+class Look:
+    """What is kept of a picture: not the picture, of which there may be many and large ones.
+
+    Args:
+        features: [width of the extractor].
+        small: At level 0's size, uint8 [height, width, 3]; empty where no set is compared with.
+        thumbnail: For a sheet, its longer side `THUMBNAIL`.
+    """
+
+    features: np.ndarray
+    small: np.ndarray
+    thumbnail: Image.Image
+
+
+def look_at(picture: np.ndarray, extractor: FeatureExtractor, group: Group | None) -> Look:
+    """Looks at a picture, uint8 [height, width, 3]; ``group`` is from `level_0_group`."""
+    image = Image.fromarray(picture)
+    scale = THUMBNAIL / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    small = np.zeros((0, 0, 3), np.uint8) if group is None else level_0_of(group, picture)
+    return Look(extractor.extract([picture])[0], small, image.resize(size, Image.Resampling.BICUBIC))
+
+
+@dataclass(frozen=True)
 class Neighbour:
     """The nearest training picture.
 
     Args:
         distance: Root mean square difference at level 0's size, in steps of 255.
-        thumbnail: That picture, uint8 [height, width, 3].
+        picture: That picture, uint8 [height, width, 3].
     """
 
     distance: float
-    thumbnail: np.ndarray
+    picture: np.ndarray
 
 
 def level_0_group(shards: ShardSet, aspect: float) -> Group:
@@ -77,15 +117,19 @@ def level_0_group(shards: ShardSet, aspect: float) -> Group:
     return nearest
 
 
-def nearest_pictures(group: Group, pictures: Sequence[np.ndarray]) -> list[Neighbour]:
-    """For each picture the nearest one of a group.
+def level_0_of(group: Group, picture: np.ndarray) -> np.ndarray:
+    """A picture, uint8 [height, width, 3] of any size, averaged to the size of a group's."""
+    height, width = group.size
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
+
+
+def nearest_pictures(group: Group, small: Sequence[np.ndarray]) -> list[Neighbour]:
+    """For each picture of a group's size the nearest one of the group.
 
     Args:
         group: From `level_0_group`.
-        pictures: uint8 [height, width, 3], of any size; averaged to the group's.
+        small: From `level_0_of`.
     """
-    height, width = group.size
-    small = [np.asarray(Image.fromarray(one).resize((width, height), Image.Resampling.BOX)) for one in pictures]
     wanted = np.stack(small).reshape(len(small), -1).astype(np.float32)
     best, where = np.full(len(small), np.inf), np.zeros(len(small), np.int64)
     for first in range(0, group.count, _BLOCK):
@@ -98,10 +142,10 @@ def nearest_pictures(group: Group, pictures: Sequence[np.ndarray]) -> list[Neigh
         best = np.minimum(best, found)
     neighbours = []
     for own, row in zip(wanted, where.tolist(), strict=True):
-        thumbnail = np.array(group.field(row))
+        picture = np.array(group.field(row))
         # Once more from the difference itself: of nearly equal pictures, squares cancel.
-        distance = np.sqrt(np.square(own - thumbnail.reshape(-1).astype(np.float32)).mean())
-        neighbours.append(Neighbour(float(distance), thumbnail))
+        distance = np.sqrt(np.square(own - picture.reshape(-1).astype(np.float32)).mean())
+        neighbours.append(Neighbour(float(distance), picture))
     return neighbours
 
 

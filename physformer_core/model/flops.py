@@ -64,13 +64,20 @@ def refiner_flops(model: PhysFormerTransformer2DModel, height: int, width: int) 
     """
     if model.refiner is None:
         return 0
-    tokens, flops = height * width, 0
+    tokens = height * width
+    linear = sum(
+        2 * _size(layer) * (1 if _is(name, _PER_PICTURE) else tokens) for name, layer in _linears(model.refiner)
+    )
+    return linear + _convolution_flops(model, tokens)
+
+
+def _convolution_flops(model: PhysFormerTransformer2DModel, tokens: int) -> int:
+    assert model.refiner is not None
+    flops = 0
     for name, layer in model.refiner.named_modules():
         if isinstance(layer, nn.Conv2d):
             pixels = tokens * model.config.patch_size**2 // (4 if name.startswith(("down", "inner", "up")) else 1)
             flops += 2 * layer.weight.numel() * pixels
-        elif isinstance(layer, nn.Linear):
-            flops += 2 * _size(layer) * (1 if _is(name, _PER_PICTURE) else tokens)
     return flops
 
 
@@ -90,6 +97,10 @@ def training_flops(
             continue
         rows = prompt_tokens if _is(name, _PER_PROMPT_TOKEN) else 1 if _is(name, _PER_PICTURE) else height * width
         unneeded += 2 * _size(layer) * rows * (_is(name, _OF_DATA) + (not layer.weight.requires_grad))
+    if base and model.refiner is not None and not model.refiner.leave.weight.requires_grad:
+        kernels = sum(one.weight.requires_grad for one in model.refiner.modules() if isinstance(one, nn.Conv2d))
+        assert not kernels, "the refiner's convolutions are trained together or not at all"
+        unneeded += _convolution_flops(model, height * width)
     return 3 * forward - unneeded
 
 

@@ -78,14 +78,18 @@ def estimate_run(config: RunConfig, shards: ShardSet) -> RunEstimate:
     # AdamW keeps two moments of each parameter, Muon one.
     moments = 2 * sum(p.numel() for p in adamw.values()) + sum(p.numel() for p in muon.values())
     shares = {"base": 1 - train.crop_fraction, "crop": train.crop_fraction}
-    largest = max(batches, key=lambda batch: batch.pixels_bchw.numel() + batch.prompt_embeds_btd.numel())
+    largest: dict[str, Batch] = {}
+    for batch in sorted(batches, key=lambda batch: batch.pixels_bchw.numel() + batch.prompt_embeds_btd.numel()):
+        largest[batch.kind] = batch
     return RunEstimate(
         parameters=parameters,
         trainable=trainable,
         flops_per_step=forward_backward + sum(newton_schulz_flops(p) for p in muon.values()),
         # Gradients and the average are of what is trained alone.
         state_bytes=_FLOAT_BYTES * (parameters + 2 * trainable + moments),
-        activation_bytes=_peak_activation_bytes(model, largest.parts(train.accumulate)[-1], train),
+        activation_bytes=max(
+            _peak_activation_bytes(model, batch.parts(train.accumulate)[-1], train) for batch in largest.values()
+        ),
         steps_per_epoch={kind: stream.steps_per_epoch(kind) / share for kind, share in shares.items() if share},
         steps=train.steps,
     )
@@ -145,7 +149,8 @@ def _activation_bytes(model: PhysFormerTransformer2DModel, batch: Batch) -> int:
 
     with counting():
         prompt = model.encode_prompt(batch.prompt_embeds_btd, batch.prompt_mask_bt, batch.pooled_bp, drop)
-        model(batch.pixels_bchw, time, prompt, batch.level_b, batch.pixels_bchw, batch.place_b4)
+        coarse = None if batch.kind == "base" else batch.pixels_bchw
+        model(batch.pixels_bchw, time, prompt, batch.level_b, coarse, batch.place_b4)
     return sum(storage.nbytes() for storage in kept.values())
 
 

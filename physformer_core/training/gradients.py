@@ -69,8 +69,9 @@ class Gradients:
         self._copied: DistributedDataParallel | None = None
         if parallel == "ddp":
             # On steps of crops, nothing asks the refiner of level 0.
+            refined = model.refiner is not None and any(p.requires_grad for p in model.refiner.parameters())
             self._copied = DistributedDataParallel(
-                self._module, gradient_as_bucket_view=True, find_unused_parameters=model.refiner is not None
+                self._module, gradient_as_bucket_view=True, find_unused_parameters=refined
             )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 

@@ -129,7 +129,7 @@ class Optimizer:
         name: ``muon`` (Muon and AdamW) or ``adamw``.
         lr: AdamW's peak learning rate.
         muon_lr: Muon's peak learning rate.
-        weight_decay: Decoupled, on matrices.
+        weight_decay: Decoupled, on matrices and kernels.
         betas: AdamW's.
         muon_dtype: Arithmetic of Muon's iterations.
     """
@@ -150,8 +150,8 @@ class Optimizer:
         muon, adamw = split_parameters(model)
         if name == "adamw":
             muon, adamw = {}, {**adamw, **muon}
-        matrices = [p for p in adamw.values() if p.ndim == 2]
-        others = [p for p in adamw.values() if p.ndim != 2]
+        matrices = [p for p in adamw.values() if p.ndim >= 2]
+        others = [p for p in adamw.values() if p.ndim < 2]
         groups: list[dict[str, Any]] = [
             {"params": matrices, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0},

@@ -61,7 +61,8 @@ class TrainingDiverged(PhysFormerError):
 def model_arguments(config: RunConfig, shards: ShardSet) -> dict[str, Any]:
     """Arguments of the network: channels and text widths are those of the data's codec and encoder."""
     widths = {"text_dim": shards.hidden_size, "pooled_dim": shards.pooled_size}
-    return config.model | widths | {"in_channels": shards.field.channels}
+    # Named even where it is left out: a checkpoint that a run starts from may have one.
+    return {"refiner_channels": 0} | config.model | widths | {"in_channels": shards.field.channels}
 
 
 class Trainer:
@@ -239,7 +240,7 @@ class Trainer:
                 f"'{init_from}' holds other weights than its configuration describes: {wrong[0]}",
                 hint="copy the checkpoint again",
             )
-        if arguments.get("refiner_channels") and not model.config.refiner_channels:
+        if arguments["refiner_channels"] and not model.config.refiner_channels:
             # Zero at first: training goes on from the very pictures of the checkpoint.
             plain, given = model.state_dict(), {key: value for key, value in model.config.items() if key[0] != "_"}
             model = PhysFormerTransformer2DModel(**given | {"refiner_channels": arguments["refiner_channels"]})

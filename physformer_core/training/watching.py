@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def newton_schulz_flops(matrix: Tensor) -> int:
     """Orthogonalising an m x n matrix, m <= n, or a kernel as one: per iteration X X^T (2 m^2 n), its square (2 m^3),
     that times X (2 m^2 n).
     """
-    m, n = sorted((matrix.shape[0], matrix[0].numel()))
+    m, n = sorted((matrix.shape[0], math.prod(matrix.shape[1:])))  # of shapes alone: a rank may hold only some rows
     return NEWTON_SCHULZ_STEPS * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
 
 

@@ -283,6 +283,6 @@ def test_steps(physformer, tiny_features, tiny_checkpoint):
     assert [output.path for output in Project.load("physformer.toml").runs[-1].outputs] == ["steps.json"]
     code, out, _ = physformer(*arguments, "--no-record")
     assert code == 0 and "(knee)" in out
-    for wrong in ("0", "a,b", "5,", ""):
+    for wrong in ("0", "a,b", "5,", "", "9" * 5000):
         code, _, err = physformer("eval", "steps", wrong)
-        assert code == 1 and "is not a list of steps" in err
+        assert code == 1 and "is not a number of steps" in err

@@ -18,6 +18,9 @@ from physformer_core.files import atomic_write, output_error, sha256_file
 SCENES_VERSION = 3
 """Raised whenever the same seed gives other pictures or captions, so that stale sets are told apart."""
 
+LEAST_HELD_OUT, MOST_HELD_OUT = 0.05, 0.9
+"""Bounds of the share of pairs that may be held out: of fewer, a relation might have none to be asked for."""
+
 LICENSE = "CC-BY-4.0"
 ATTRIBUTION = (
     "Graphics: Twemoji, copyright 2014-2023 Twitter, Inc and other contributors, CC-BY 4.0; "
@@ -100,7 +103,8 @@ def fetch_scenes(
         count: How many scenes.
         seed: Number of the collection.
         aspect: Width divided by height of all scenes; drawn for each by default.
-        held_out_pairs: Share of the pairs of concepts, 0 to 0.9, that no scene shows together.
+        held_out_pairs: Share of the pairs of concepts that no scene shows together: 0, or `LEAST_HELD_OUT` to
+            `MOST_HELD_OUT`.
         progress: Called with (scenes done, scenes in all) before the first and after every file; not at all if the
             set is there already.
         workers: Processes that compose.
@@ -117,13 +121,16 @@ def fetch_scenes(
         raise DataError(
             f"count, workers and rows per file must be positive, got {count}, {workers} and {rows_per_file}"
         )
+    if held_out_pairs and not LEAST_HELD_OUT <= held_out_pairs <= MOST_HELD_OUT:
+        raise DataError(
+            f"the share of pairs held out is {held_out_pairs:g}",
+            hint=f"0, or from {LEAST_HELD_OUT:g} to {MOST_HELD_OUT:g}; 0.1 is usual",
+        )
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(folder / "manifest.json", error) from error
-    if not 0 <= held_out_pairs <= 0.9:
-        raise DataError(f"the share of pairs held out must be from 0 to 0.9, not {held_out_pairs:g}")
     options = {"aspect": aspect, "rows_per_file": rows_per_file, "version": SCENES_VERSION}
     if held_out_pairs:  # left out where there are none: sets from before there was a choice stay the same set
         options["held_out_pairs"] = held_out_pairs

@@ -172,6 +172,8 @@ def test_fetch_resumes_and_does_not_depend_on_workers(tmp_path):
 
 
 def test_pairs_can_be_held_out(tmp_path):
+    import pyarrow.parquet as pq
+
     def pair(scene):
         return tuple(concept_named(subject.concept) for subject in scene.subjects)
 
@@ -191,14 +193,24 @@ def test_pairs_can_be_held_out(tmp_path):
         same = compose_scene(3, k, pair_ranks=(0.1, 1.0)).svg == scene.svg
         assert same == (shown is None or pair_rank(*shown) >= 0.1)
 
-    plain = fetch_scenes(tmp_path / "plain", count=5, seed=4)
-    fewer = fetch_scenes(tmp_path / "fewer", count=5, seed=4, held_out_pairs=0.1)
+    plain = fetch_scenes(tmp_path / "plain", count=60, seed=4)
+    fewer = fetch_scenes(tmp_path / "fewer", count=60, seed=4, held_out_pairs=0.6)
+    for folder, least in (("plain", 0.0), ("fewer", 0.6)):
+        rows = pq.read_table(tmp_path / folder / "examples-00000.parquet").to_pylist()
+        metas = [json.loads(row["meta"]) for row in rows]
+        shown = [
+            pair_rank(*(concept_named(one["concept"]) for one in meta["subjects"]))
+            for meta in metas
+            if len(meta["subjects"]) == 2 and meta["relation"] != "in"
+        ]
+        assert shown and (min(shown) < 0.6) == (least == 0) and min(shown) >= least
     assert "held_out_pairs" not in plain["source"]["options"]
-    assert fewer["source"]["options"]["held_out_pairs"] == 0.1
+    assert fewer["source"]["options"]["held_out_pairs"] == 0.6
     with pytest.raises(DataError, match="another set"):
-        fetch_scenes(tmp_path / "plain", count=5, seed=4, held_out_pairs=0.1)
-    for wrong in (-0.1, 0.95):
+        fetch_scenes(tmp_path / "plain", count=60, seed=4, held_out_pairs=0.1)
+    for wrong in (-0.1, 0.01, 0.95):
         with pytest.raises(DataError, match="share of pairs held out"):
             fetch_scenes(tmp_path / "wrong", count=5, seed=4, held_out_pairs=wrong)
+    assert not (tmp_path / "wrong").exists()
     with pytest.raises(DataError, match="too few"):
         compose_scene(0, 0, pair_ranks=(0.5, 0.51))

@@ -30,6 +30,7 @@ def test_real_scenes_have_no_seams_and_seams_are_found(scenes):
     shown = [spectrum([seamed(one, 8, depth) for one in scenes]).comb(8) for depth in (4, 12)]
     assert 1.5 < shown[0] < shown[1]
     assert spectrum([seamed(one, 16, 12) for one in scenes]).comb(16) > 1.5
+    assert 0.75 < spectrum([seamed(one, 8, 12) for one in scenes]).comb(16) < 1.25
     assert spectrum(scenes).comb(64) is None  # too few patches in a picture of 256 pixels
 
 
@@ -64,5 +65,7 @@ def test_a_plain_or_tiny_picture_is_no_trouble_and_sizes_do_not_mix():
     plain = spectrum([np.full((256, 256, 3), 7, np.uint8)])
     assert plain.comb(8) is None and plain.octaves() == [0, 0, 0]
     assert spectra_report(plain, plain)["octaves"][0]["share"] is None
+    tiny = spectrum([np.arange(192, dtype=np.uint8).reshape(8, 8, 3)])
+    assert tiny.comb(8) is None and all(np.isfinite(tiny.octaves()))
     with pytest.raises(ValueError, match="one size"):
         plain.add(np.zeros((128, 128, 3), np.uint8))

@@ -43,8 +43,10 @@ torch.set_num_threads(1)
 
 def train(data, folder, options, resume):
     with joined() as ranks:
-        config = load_preset("debug").override("training", **options)
+        config = load_preset("debug").override("model", refiner_channels=2).override("training", **options)
         trainer = Trainer(config, Path(data), Path(folder), device="cpu", ranks=ranks)
+        if ranks.is_main:
+            trainer.matrix_peak = 1e12  # as the command line does, on one rank alone
         if resume:
             trainer.resume(resume)
         if options.get("dtype") == "fp16":
@@ -116,7 +118,9 @@ def last(folder):
 
 
 def trained(data, folder, *, resume=None, **options):
-    trainer = Trainer(load_preset("debug").override("training", **OPTIONS, **options), data, folder, device="cpu")
+    # With a refiner, which only some steps train.
+    config = load_preset("debug").override("model", refiner_channels=2).override("training", **OPTIONS, **options)
+    trainer = Trainer(config, data, folder, device="cpu")
     if resume is not None:
         trainer.resume(resume)
     assert trainer.run()

@@ -470,8 +470,13 @@ def test_init_from_a_checkpoint_without_a_refiner(scene_set, final, tmp_path):
     trainer.run()
     assert own["refiner.leave.weight"].abs().max() > 0
     with pytest.raises(ConfigError, match="has refiner_channels 4, this run 0"):
-        config = load_preset("debug").override("model", refiner_channels=0)
-        Trainer(config, scene_set, tmp_path / "c", device="cpu", init_from=trainer.checkpoint_dir / "step-00000003")
+        Trainer(
+            load_preset("debug"),
+            scene_set,
+            tmp_path / "c",
+            device="cpu",
+            init_from=trainer.checkpoint_dir / "step-00000003",
+        )
 
 
 def test_init_from_what_does_not_fit(scene_set, final, tmp_path):
