@@ -19,7 +19,7 @@ MIN_STEP = 1 / 200
 """Shortest step of the adaptive solver."""
 
 
-DEFAULT_STEPS = (20, 4, 3, 2)
+DEFAULT_STEPS = (10, 2, 2, 1)
 """Steps at levels 0, 1, 2 and from 3 on; prompt accuracy is as good with half of them (docs/results.md)."""
 
 
