@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,17 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
+def iterates_on_gram(rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether matrices of this shape are orthogonalised by way of their products with themselves: those that are not
+    square, but in bfloat16, where squares of small singular values would drown."""
+    return rows != columns and dtype != torch.bfloat16
+
+
 def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Nearest (semi-)orthogonal matrices, to within the Newton-Schulz quintic's accuracy.
+
+    An iteration is X <- P X with a polynomial P of X X^T, and all those commute: so what is iterated may be X X^T,
+    which is small, and X is multiplied once.
 
     Args:
         matrices: [K, m, n]; they are independent, and batched for speed.
@@ -32,9 +41,19 @@ def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     if transposed:
         x = x.transpose(-1, -2)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.transpose(-1, -2)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if iterates_on_gram(*x.shape[-2:], dtype):
+        gram, product = x @ x.transpose(-1, -2), None
+        for step in range(steps):
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = factor if product is None else factor @ product
+            if step < steps - 1:
+                gram = factor @ (factor @ gram)
+        x = x if product is None else product @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.transpose(-1, -2)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.transpose(-1, -2) if transposed else x).to(matrices.dtype)
 
 
@@ -80,21 +99,21 @@ class Muon(torch.optim.Optimizer):
                 if param.grad is not None:
                     by_shape.setdefault(param.shape, []).append(param)
             for shape, params in by_shape.items():
-                updates = []
+                grads = [cast(Tensor, param.grad) for param in params]
                 for param in params:
-                    assert param.grad is not None
-                    state = self.state[param]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(param)
-                    buffer = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
-                    updates.append(param.grad.lerp(buffer, group["momentum"]))
+                    if "momentum_buffer" not in self.state[param]:
+                        self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+                buffers = [self.state[param]["momentum_buffer"] for param in params]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                updates = torch._foreach_lerp(grads, buffers, group["momentum"])
                 # What is orthogonal is the whole matrix: a rank that holds some of its rows needs the others'.
                 matrices = torch.stack([whole(update).flatten(1) for update in updates])
                 directions = orthogonalize(matrices, self.newton_schulz_steps, self.newton_schulz_dtype)
                 scale = -group["lr"] * 0.2 * math.sqrt(max(matrices.shape[1:]))
                 directions = directions.unflatten(2, shape[1:])
                 for param, direction in zip(params, directions, strict=True):
-                    param.mul_(1 - group["lr"] * group["weight_decay"])
+                    if group["weight_decay"]:
+                        param.mul_(1 - group["lr"] * group["weight_decay"])
                     param.add_(divided_like(direction, param), alpha=scale)
 
 
@@ -157,8 +176,11 @@ class Optimizer:
             {"params": others, "weight_decay": 0.0},
         ]
         self.names: dict[Tensor, str] = {param: key for key, param in model.named_parameters()}
+        # In one pass over memory; on CUDA torch would then keep its count of steps there, and wait for it.
+        fused = all(param.device.type == "cpu" for param in adamw.values())
+        groups = [group for group in groups if group["params"]]
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-10), lr)
+            (torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-10, fused=fused), lr)
         ]
         if muon:
             part = Muon(muon.values(), lr=muon_lr, weight_decay=weight_decay, dtype=muon_dtype)

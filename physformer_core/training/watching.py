@@ -11,7 +11,7 @@ from torch import Tensor
 from physformer_core.data.loader import Batch
 from physformer_core.model.flops import training_flops
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
-from physformer_core.training.optimizer import NEWTON_SCHULZ_STEPS, split_parameters
+from physformer_core.training.optimizer import NEWTON_SCHULZ_STEPS, iterates_on_gram, split_parameters
 
 
 class WorkMeter:
@@ -41,10 +41,14 @@ def batch_flops(model: PhysFormerTransformer2DModel, batch: Batch) -> int:
 
 
 def newton_schulz_flops(matrix: Tensor) -> int:
-    """Orthogonalising an m x n matrix, m <= n, or a kernel as one: per iteration X X^T (2 m^2 n), its square (2 m^3),
-    that times X (2 m^2 n).
+    """Orthogonalising an m x n matrix, m <= n, or a kernel as one, in float32.
+
+    Square: per iteration X X^T, its square, and that times X. Else X X^T once; per iteration its square, a product of
+    polynomials (not the first time) and two of X X^T with the polynomial (not the last time); and one product with X.
     """
     m, n = sorted((matrix.shape[0], math.prod(matrix.shape[1:])))  # of shapes alone: a rank may hold only some rows
+    if iterates_on_gram(m, n, torch.float32):
+        return 2 * 2 * m * m * n + (4 * NEWTON_SCHULZ_STEPS - 3) * 2 * m**3
     return NEWTON_SCHULZ_STEPS * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
 
 

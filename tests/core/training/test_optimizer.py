@@ -10,7 +10,15 @@ from torch import nn
 from physformer_core.config import load_preset
 from physformer_core.errors import ConfigError
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
-from physformer_core.training.optimizer import Muon, Optimizer, orthogonalize, schedule, split_parameters
+from physformer_core.training.optimizer import (
+    NEWTON_SCHULZ,
+    Muon,
+    Optimizer,
+    iterates_on_gram,
+    orthogonalize,
+    schedule,
+    split_parameters,
+)
 
 SHAPES = [(24, 24), (64, 16), (16, 64), (96, 24), (1, 8)]
 
@@ -51,6 +59,20 @@ def test_orthogonalize_brings_singular_values_near_1(shape):
     nearest = left @ right
     cosine = (result * nearest).sum((1, 2)) / (result.norm(dim=(1, 2)) * nearest.norm(dim=(1, 2)))
     assert cosine.min() > 0.97
+
+
+def test_orthogonalize_by_products_is_the_iteration_itself():
+    torch.manual_seed(1)
+    matrices = torch.randn(2, 24, 64) * torch.logspace(0, -3, 24)[:, None]  # singular values over three decades
+    x = matrices.double()
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    assert iterates_on_gram(24, 64, torch.float32) and not iterates_on_gram(24, 64, torch.bfloat16)
+    torch.testing.assert_close(orthogonalize(matrices, 5, torch.float32).double(), x, atol=2e-5, rtol=0)
+    torch.testing.assert_close(orthogonalize(matrices.mT, 5, torch.float32).double(), x.mT, atol=2e-5, rtol=0)
 
 
 def test_orthogonalize_does_not_mix_a_batch():

@@ -80,7 +80,8 @@ def test_the_meter_counts_what_the_estimate_counts(run):
     adamw, muon = WorkMeter(trainer.model, "adamw", 1.0), WorkMeter(trainer.model, "muon", 1.0)
     assert adamw.step(batch) == adamw.step(batch) == batch_flops(trainer.model, batch)
     assert muon.step(batch) > adamw.step(batch)
-    assert newton_schulz_flops(torch.empty(2, 3)) == 5 * (2 * 12 + 2 * 8 + 2 * 12)
+    assert newton_schulz_flops(torch.empty(3, 3)) == 5 * 3 * 2 * 27
+    assert newton_schulz_flops(torch.empty(2, 9)) == newton_schulz_flops(torch.empty(9, 2)) == 2 * 2 * 36 + 17 * 2 * 8
 
 
 def test_the_peak_is_measured_once():
