@@ -101,20 +101,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise output_error(path, error) from error
     try:
-        yield temporary
-        for file in [inner for inner in temporary.rglob("*") if inner.is_file()]:
-            # safetensors writes for the owner alone; who may read the folder may read what is in it.
-            file.chmod(temporary.stat().st_mode & 0o666)
-            _sync(file)
-        temporary.rename(path)
-        _sync_folder(path.parent)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        told = error if isinstance(error, OSError) else _system_error(error)
-        if told is None:
-            raise
-        raise output_error(path, told) from error
-    except BaseException:  # Ctrl-C
+        try:
+            yield temporary
+        except Exception as error:
+            told = error if isinstance(error, OSError) else _system_error(error)
+            if told is None or (told is error and not _concerns_output(told, temporary)):
+                raise
+            raise output_error(path, told) from error
+        try:
+            for file in [inner for inner in temporary.rglob("*") if inner.is_file()]:
+                # safetensors writes for the owner alone; who may read the folder may read what is in it.
+                file.chmod(temporary.stat().st_mode & 0o666)
+                _sync(file)
+            temporary.rename(path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise output_error(path, error) from error
+    except BaseException:  # KeyboardInterrupt too: no half folder stays behind
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -200,7 +203,7 @@ def _concerns_output(error: OSError, temporary: Path) -> bool:
     """Whether an OSError raised while writing is about the output, not about some other file the writer read."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return True
-    return error.filename is not None and str(error.filename) == str(temporary)
+    return error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(temporary)
 
 
 def _sync(path: Path) -> None:

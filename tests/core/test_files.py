@@ -121,6 +121,14 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path, fault, told):
         assert "no space left" in str(caught.value)
 
 
+def test_a_folder_tells_of_its_own_files_alone(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "a"):
+        (tmp_path / "what-the-caller-reads").read_text()
+    with pytest.raises(OutputError, match=r"cannot write .*a: "), atomic_folder(tmp_path / "a") as folder:
+        (folder / "no-such-folder" / "x").write_text("1")
+    assert names(tmp_path) == []
+
+
 def test_a_folder_that_appeared_meanwhile_is_not_written_over(tmp_path):
     with pytest.raises(OutputError), atomic_folder(tmp_path / "a") as folder:
         (folder / "x").write_text("mine")
