@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from random import Random
@@ -66,11 +67,17 @@ PLACE_ALONE: dict[str, float] = {
     "grass": 1, "desert": 1, "snow": 1, "space": 1, "room": 0.6, "underwater": 0.8, "table": 0.3,
 }  # fmt: skip
 
-MIRRORED = 0.15
-"""Share of living things that look the other way."""
+ALONE = 0.66
+"""Longer side of a thing that is alone in a picture, as a share of the picture's shorter side. One size and few places,
+not a continuum: a small model then learns every drawing in full detail rather than the mean over places and sizes
+(docs/training-log.md)."""
+
+PAIRED = 0.44
+"""The same where there are two."""
 
 _AIRBORNE = ("air", "sky", "space")
-_FORMAT = "physformer-scenes/1"
+_STANDING = ("land", "thing", "plant", "road", "building", "ground", "person")
+_FORMAT = "physformer-scenes/2"
 
 
 @dataclass(frozen=True)
@@ -155,13 +162,6 @@ class _Stage:
         self.parts.append(self.backdrop.svg)
         self.description = replace(self.description, background=colour)
 
-    def base_line(self, share: float = 0.5) -> float:
-        """Height at which feet stand: ``share`` 0 is far, 1 is near. Lower in the picture the wider it is."""
-        far, near = self.backdrop.ground or (0.7, 0.86)
-        line = (far + (near - far) * share) * self.height
-        # In a tall picture things in the middle, not on the lower edge.
-        return line if self.height <= 1.4 * self.width else max(far * self.height, min(line, 0.84 * self.height))
-
     def frame_of(
         self, concept: Concept, size: float, x: float, *, bottom: float | None = None, y: float | None = None
     ) -> Frame:
@@ -185,16 +185,12 @@ class _Stage:
         role: str,
         *,
         colour: str | None = None,
-        flip: bool | None = None,
         grounded: bool = False,
     ) -> None:
         """Draws a concept into a frame that has its proportions."""
         shape = art_shape(concept.art)
         scale = frame.width / shape.width
-        if flip is None:
-            flip = concept.lives not in ("building", "sky", "thing") and self.random.random() < MIRRORED
-        x = frame.right + shape.left * scale if flip else frame.left - shape.left * scale
-        y = frame.top - shape.top * scale
+        x, y = frame.left - shape.left * scale, frame.top - shape.top * scale
         if grounded:
             self.parts.append(
                 shadow((frame.left + frame.right) / 2, frame.bottom - 0.012 * frame.height, frame.width * 0.46)
@@ -205,8 +201,7 @@ class _Stage:
             markup = re.sub(re.escape(main), COLOURS[colour], markup, flags=re.IGNORECASE)
             for fill in darker:
                 markup = re.sub(re.escape(fill), mix(COLOURS[colour], "#000000", 0.25), markup, flags=re.IGNORECASE)
-        mirrored = f"{-scale:.4f} {scale:.4f}" if flip else f"{scale:.4f}"
-        self.parts.append(f'<g transform="translate({n(x)} {n(y)}) scale({mirrored})">{markup}</g>')
+        self.parts.append(f'<g transform="translate({n(x)} {n(y)}) scale({scale:.4f})">{markup}</g>')
         self.note(concept.name, role, frame, colour)
 
     def note(self, name: str, role: str, frame: Frame, colour: str | None = None) -> None:
@@ -235,47 +230,36 @@ class _Stage:
 
 
 def _aside(stage: _Stage) -> float:
-    """Offset of what is shown from the middle: none, or in wide pictures now and then the line of thirds.
-
-    Framings are few, not a continuum: every concept is then seen often in each of them, and a small model learns
-    shapes rather than averages over places and sizes (docs/training-log.md).
-    """
+    """Offset of what is shown from the middle: none, or in wide pictures now and then the line of thirds."""
     spare = stage.width - stage.short
-    return stage.random.choices([0.0, -spare / 3, spare / 3], [8, 1, 1])[0] if spare > 0 else 0.0
+    return stage.random.choices([0.0, -spare / 3, spare / 3], [18, 1, 1])[0] if spare > 0 else 0.0
 
 
 def _single(stage: _Stage, concept: Concept, colour: str | None = None) -> None:
     """One large thing on a plain colour."""
     random = stage.random
     stage.set_plain(background_for(random, concept, colour))
-    size = stage.short * random.choice([0.66, 0.84])
-    x, y = stage.width / 2 + _aside(stage), stage.height / 2
-    grounded = (
-        concept.lives in ("land", "thing", "plant", "road", "building", "ground", "person") and random.random() < 0.5
-    )
-    stage.draw(
-        concept, stage.inside(stage.frame_of(concept, size, x, y=y), 30), "subject", colour=colour, grounded=grounded
-    )
+    frame = stage.frame_of(concept, ALONE * stage.short, stage.width / 2 + _aside(stage))
+    stage.draw(concept, stage.inside(frame, 30), "subject", colour=colour, grounded=concept.lives in _STANDING)
     stage.description = replace(stage.description, subject=concept, subject_colour=colour)
 
 
 def _in_place(stage: _Stage, concept: Concept, place: str, time: str, colour: str | None = None) -> None:
     """One thing where it belongs: on the ground, in the air, on the water."""
-    random = stage.random
     stage.set_place(place, time, lights=concept.lives != "sky")
     flying = concept.lives in _AIRBORNE and place != "space"
-    size = stage.short * 0.62
-    x = stage.width / 2 + _aside(stage)
+    # In the middle as on a plain colour, so that one drawing is learnt from both: but higher if it flies, and not above
+    # the ground if it stands.
+    frame = stage.frame_of(concept, ALONE * stage.short, stage.width / 2 + _aside(stage))
+    ground = stage.backdrop.ground
     if flying and place not in ("sky", "room"):
-        low = max(0.24, min(stage.backdrop.horizon, 0.8) * 0.5)
-        frame = stage.frame_of(concept, size * 0.94, x, y=low * stage.height)
-    elif stage.backdrop.ground is None or flying:
-        frame = stage.frame_of(concept, size * 1.1, x, y=0.48 * stage.height)
-    else:
-        frame = stage.frame_of(concept, size, x, bottom=stage.base_line(random.choice([0.5, 0.9])))
+        frame = frame.moved(down=-0.13 * stage.height)
+    elif ground is not None and not flying:
+        steps = max(0.0, (ground[0] + 0.02) * stage.height - frame.bottom) / (stage.short / 16)
+        frame = frame.moved(down=math.ceil(steps) * stage.short / 16)
     frame = stage.inside(frame, 30)
     afloat = place == "ocean" and not flying
-    standing = not flying and stage.backdrop.ground is not None and not afloat
+    standing = not flying and ground is not None and not afloat
     stage.draw(concept, frame, "subject", colour=colour, grounded=standing)
     if afloat:
         _ripples(stage, frame)
@@ -304,7 +288,7 @@ def _caged(stage: _Stage, concept: Concept, colour: str | None = None) -> None:
     tall = stage.short * 0.9
     wide = tall * 0.86
     x = stage.width / 2 + _aside(stage)
-    bottom = (stage.height + tall) / 2 if place == "plain" else stage.base_line(1.0)
+    bottom = (stage.height + tall) / 2
     outer = stage.inside(Frame(x - wide / 2, bottom - tall, x + wide / 2, bottom), 20)
     behind, front = cage(outer, random, avoid=stage.backdrop.colour)
     stage.parts += [shadow((outer.left + outer.right) / 2, outer.bottom - 6, wide * 0.54), behind]
@@ -359,28 +343,19 @@ def _shared_background(random: Random, first: Concept, second: Concept) -> str:
     return "white" if sum(art_shape(second.art).colour) < 500 else "green"
 
 
-def _sizes(first: Concept, second: Concept, floor: float = 0.5) -> tuple[float, float]:
-    """Relative sizes: the larger is 1; the smaller follows its size class, but never below ``floor``."""
-    ratio = 1.26 ** (first.size - second.size)
-    return (1.0, max(floor, 1 / ratio)) if ratio >= 1 else (max(floor, ratio), 1.0)
-
-
 def _side_by_side(stage: _Stage, subject: Concept, other: Concept) -> None:
-    random = stage.random
-    a, b = _sizes(subject, other)
-    unit_a, unit_b = stage.frame_of(subject, a, 0), stage.frame_of(other, b, 0)
-    gap = 0.06
-    scale = min(0.92 * stage.width / (unit_a.width + unit_b.width + gap), 0.66 * stage.short)
-    left = (stage.width - scale * (unit_a.width + unit_b.width + gap)) / 2
-    pair = [(subject, "subject", unit_a, a), (other, "object", unit_b, b)]
-    if random.random() < 0.5:
+    pair = [(subject, "subject"), (other, "object")]
+    if stage.random.random() < 0.5:
         pair.reverse()
-    base = stage.base_line(0.8) if stage.description.place else stage.height / 2 + 0.3 * stage.short
-    for concept, role, unit, size in pair:
-        width = unit.width * scale
-        frame = stage.frame_of(concept, size * scale, left + width / 2, bottom=base)
+    for (concept, role), side in zip(pair, (-0.25, 0.25), strict=True):
+        x = stage.width / 2 + side * min(stage.width, 1.2 * stage.short)
+        frame = stage.frame_of(concept, PAIRED * stage.short, x, bottom=_paired_base(stage))
         stage.draw(concept, stage.inside(frame), role, grounded=True)
-        left += width + gap * scale
+
+
+def _paired_base(stage: _Stage) -> float:
+    """Where feet stand in pairs: the lower edge of the middle square's lower half, nearly."""
+    return stage.height / 2 + 0.42 * stage.short
 
 
 def _over(stage: _Stage, subject: Concept, other: Concept) -> None:
@@ -389,14 +364,10 @@ def _over(stage: _Stage, subject: Concept, other: Concept) -> None:
 
 def _under(stage: _Stage, subject: Concept, other: Concept) -> None:
     if other.name in ("tree", "palm tree"):
-        base = stage.base_line(0.8) if stage.description.place else 0.5 * stage.height + 0.42 * stage.short
-        x = stage.width / 2
-        tree = stage.inside(stage.frame_of(other, 0.9 * stage.short, x, bottom=base))
-        stage.draw(other, tree, "object", grounded=True)
-        side = stage.random.choice([-1, 1]) * 0.16 * stage.short
-        small = stage.frame_of(
-            subject, 0.38 * stage.short, (tree.left + tree.right) / 2 + side, bottom=tree.bottom + 0.02 * stage.short
-        )
+        base, x = _paired_base(stage), stage.width / 2
+        tree = stage.frame_of(other, 0.84 * stage.short, x, bottom=base)
+        stage.draw(other, stage.inside(tree), "object", grounded=True)
+        small = stage.frame_of(subject, PAIRED * stage.short, x + 0.2 * stage.short, bottom=base + 0.03 * stage.short)
         stage.draw(subject, stage.inside(small), "subject", grounded=True)
         return
     _stack(stage, upper=(other, "object"), lower=(subject, "subject"))
@@ -404,60 +375,43 @@ def _under(stage: _Stage, subject: Concept, other: Concept) -> None:
 
 def _stack(stage: _Stage, *, upper: tuple[Concept, str], lower: tuple[Concept, str]) -> None:
     """One thing above another, with air between them."""
-    height = min(stage.height, 1.45 * stage.short)
-    middle = stage.width / 2 + _aside(stage)
-    base = stage.base_line(0.9) if stage.description.place else (stage.height + height) / 2 - 0.06 * height
-    low = stage.inside(stage.frame_of(lower[0], 0.48 * stage.short, middle, bottom=base))
-    room = low.top - max(base - height, 0.0)
-    high_unit = stage.frame_of(upper[0], 1.0, 0)
-    size = min(0.42 * stage.short, 0.88 * room / high_unit.height)
-    high = stage.inside(stage.frame_of(upper[0], size, middle, bottom=low.top - 0.03 * stage.short), 10)
+    middle, size = stage.width / 2 + _aside(stage), PAIRED * stage.short
+    low = stage.inside(stage.frame_of(lower[0], size, middle, bottom=_paired_base(stage)))
+    high = stage.inside(stage.frame_of(upper[0], size, middle, y=stage.height / 2 - 0.25 * stage.short), 10)
+    high = high.moved(down=min(0.0, low.top - 0.01 * stage.short - high.bottom))
     stage.draw(lower[0], low, lower[1], grounded=lower[0].lives != "surface")
     stage.draw(upper[0], high, upper[1])
 
 
 def _on_top(stage: _Stage, subject: Concept, other: Concept) -> None:
-    random = stage.random
-    base = stage.base_line(0.9) if stage.description.place else stage.height / 2 + 0.4 * stage.short
-    x = stage.width / 2 + _aside(stage)
-    support = stage.inside(stage.frame_of(other, 0.58 * stage.short, x, bottom=base))
-    flip = random.random() < MIRRORED
+    x, size = stage.width / 2 + _aside(stage), PAIRED * stage.short
+    support = stage.inside(stage.frame_of(other, size, x, bottom=_paired_base(stage)))
     shape = art_shape(other.art)
     scale = support.width / shape.width
     columns = [round((shape.left + share * shape.width) * 2) for share in (0.42, 0.46, 0.5, 0.54, 0.58)]
     heights = sorted(shape.surface[min(column, 71)] for column in columns)
     surface = support.top + (heights[2] - shape.top) * scale
-    unit = stage.frame_of(subject, 1.0, 0)
-    size = min(0.42 * stage.short, (surface - 20) / unit.height)
     small = stage.frame_of(subject, size, (support.left + support.right) / 2, bottom=surface + 0.012 * stage.short)
-    stage.draw(other, support, "object", flip=flip, grounded=other.lives != "surface")
+    stage.draw(other, support, "object", grounded=other.lives != "surface")
     stage.draw(subject, stage.inside(small, 8), "subject")
 
 
 def _in_front(stage: _Stage, subject: Concept, other: Concept) -> None:
-    random = stage.random
-    base = stage.base_line(0.75) if stage.description.place else stage.height / 2 + 0.38 * stage.short
-    x = stage.width / 2
-    big = stage.inside(stage.frame_of(other, 0.8 * stage.short, x, bottom=base - 0.07 * stage.short))
-    side = random.choice([-1, 1]) * 0.16 * stage.short
-    small = stage.frame_of(
-        subject, 0.4 * stage.short, (big.left + big.right) / 2 + side, bottom=big.bottom + 0.08 * stage.short
-    )
-    stage.draw(other, big, "object", grounded=True)
-    stage.draw(subject, stage.inside(small), "subject", grounded=True)
+    _one_before_another(stage, front=(subject, "subject"), back=(other, "object"))
 
 
 def _behind(stage: _Stage, subject: Concept, other: Concept) -> None:
-    random = stage.random
-    base = stage.base_line(0.95) if stage.description.place else stage.height / 2 + 0.38 * stage.short
-    x = stage.width / 2
-    back = stage.inside(stage.frame_of(subject, 0.62 * stage.short, x, bottom=base - 0.12 * stage.short))
-    side = random.choice([-1, 1]) * 0.18 * stage.short
-    front = stage.frame_of(
-        other, 0.42 * stage.short, (back.left + back.right) / 2 + side, bottom=back.bottom + 0.11 * stage.short
-    )
-    stage.draw(subject, back, "subject", grounded=True)
-    stage.draw(other, stage.inside(front), "object", grounded=True)
+    _one_before_another(stage, front=(other, "object"), back=(subject, "subject"))
+
+
+def _one_before_another(stage: _Stage, *, front: tuple[Concept, str], back: tuple[Concept, str]) -> None:
+    """Something large, and something smaller that hides a part of it, to one side."""
+    base, x = _paired_base(stage), stage.width / 2
+    side = stage.random.choice([-1, 1]) * 0.2 * stage.short
+    far = stage.frame_of(back[0], ALONE * stage.short, x, bottom=base - 0.08 * stage.short)
+    near = stage.frame_of(front[0], PAIRED * stage.short, x + side, bottom=base)
+    stage.draw(back[0], stage.inside(far), back[1], grounded=True)
+    stage.draw(front[0], stage.inside(near), front[1], grounded=True)
 
 
 _LAYOUTS = {

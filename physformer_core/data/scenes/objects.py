@@ -27,6 +27,10 @@ class Frame:
     def height(self) -> float:
         return self.bottom - self.top
 
+    def moved(self, *, right: float = 0.0, down: float = 0.0) -> Frame:
+        """The same, elsewhere."""
+        return Frame(self.left + right, self.top + down, self.right + right, self.bottom + down)
+
 
 def shadow(x: float, y: float, half_width: float) -> str:
     """Soft ellipse under something that stands at (x, y)."""

@@ -10,7 +10,7 @@ import pytest
 from physformer_core.data.scenes import FAMILIAR_PROMPTS, compose_scene, fetch_scenes, load_concepts, render_svg
 from physformer_core.data.scenes.backdrops import PLACE_TIMES
 from physformer_core.data.scenes.casting import SUPPORTS, pair_rank, places_of, times_of
-from physformer_core.data.scenes.composer import KINDS, RELATIONS
+from physformer_core.data.scenes.composer import ALONE, KINDS, RELATIONS
 from physformer_core.data.scenes.concepts import art_markup, art_shape, concept_named
 from physformer_core.errors import DataError
 
@@ -106,6 +106,22 @@ def test_boxes_fit_the_relation(relation: str, aspect: float):
             assert bottom > o_bottom - 0.01 and abs(middle - o_middle) < 0.5
         else:
             assert bottom < o_bottom + 0.01 and top < o_top
+
+
+@pytest.mark.parametrize("aspect", [1.0, 16 / 9, 9 / 16])
+def test_a_thing_alone_has_one_size_and_few_places(aspect: float):
+    for name in ("cat", "car", "bird", "rocket"):
+        boxes = [
+            compose_scene(2, index, kind=kind, aspect=aspect, concept=name).subjects[0].box
+            for kind in ("single", "setting")
+            for index in range(40)
+        ]
+        for top, left, bottom, right in boxes:
+            assert max((bottom - top) * max(1, 1 / aspect), (right - left) * max(1, aspect)) == pytest.approx(
+                ALONE, 1e-3
+            )
+        assert len({round(box[0], 2) for box in boxes}) <= (4 if aspect >= 1 else 8)  # heights
+        assert len({round(box[1], 2) for box in boxes}) == (3 if aspect > 1 else 1)
 
 
 def test_every_place_renders_at_every_time_and_aspect():
