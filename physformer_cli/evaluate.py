@@ -326,7 +326,8 @@ def prompts(
             task = add("prompts", len(cases), unit="prompts")
             pictures = draw_requests(found, drawn.pipeline, requests)
             patch = drawn.pipeline.transformer.config.patch_size * drawn.pipeline.codec.factor
-            periods = [patch * 2**level for level in range(len(drawn.pipeline.level_sizes(height, width)))]
+            sides = [patch * size.factor for size in reversed(drawn.pipeline.level_sizes(height, width))]
+            periods = [round(side) for side in sides if abs(side - round(side)) < 1e-6]  # others blur over frequencies
             spectra = GradientSpectrum(periods), GradientSpectrum(periods)
 
             def watch(*both: np.ndarray) -> None:

@@ -1,7 +1,8 @@
-"""Levels: a picture is grown from a few dozen tokens to its full size, twice as large at each level.
+"""Levels: a picture is grown from a few dozen tokens to its full size, at most twice as large at each level.
 
 Level 0 flows from noise. Level l > 0 flows from the upsampled level l - 1 plus a little noise to the sharp field: a
-short path, on which a few steps are enough. Sizes run backwards from the target, so any width and height will do.
+short path, on which a few steps are enough. Sizes run backwards from the target, so any width and height will do: by
+halves where those end near the area that level 0 was trained on, else in steps a little smaller that do.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ DETAIL_SCALE = 0.12
 """Root mean square of what blurring takes from crops of scenes, in field units."""
 
 
+_NEAR = 1.3
+"""How many times larger or smaller than the base area level 0 may be, padding included, if halving leads there, and how
+many times larger padding may make it. Beyond that the steps are chosen to fit."""
+
+
 @dataclass(frozen=True)
 class LevelSize:
     """Size of one level.
@@ -31,6 +37,8 @@ class LevelSize:
         level: 0 is the coarsest.
         height, width: The picture's own size at this level, which need not be whole patches.
         padded_height, padded_width: Rounded up to whole patches: what the network computes.
+        factor: Elements of the finished field per element of this level, in each direction.
+        growth: Elements of this level per element of the one before; 1 at level 0.
     """
 
     level: int
@@ -38,6 +46,8 @@ class LevelSize:
     width: int
     padded_height: int
     padded_width: int
+    factor: float
+    growth: float
 
     @property
     def place(self) -> tuple[float, float, float, float]:
@@ -73,17 +83,52 @@ class Pyramid:
 
         Args:
             height, width: Size of the finished field.
-            levels: Number of levels; by default as many as bring level 0 nearest to ``base_area``.
+            levels: Number of levels, each twice as large as the one before; by default level 0 comes near
+                ``base_area``.
         """
-        if levels is None:
-            levels = 1 + max(0, round(math.log2(height * width / self.base_area) / 2))
+        if levels is not None:
+            factors = [2.0 ** (levels - 1 - level) for level in range(levels)]
+        else:
+            first = self._first_factor(height, width)
+            last = math.ceil(math.log2(first) - 0.05)  # hardly more than halves, rather than one level more
+            factors = [first ** ((last - level) / last) if level else first for level in range(last + 1)]
         sizes = []
-        for level in range(levels):
-            factor = 2 ** (levels - 1 - level)
-            h, w = -(-height // factor), -(-width // factor)
-            p = self.patch_size
-            sizes.append(LevelSize(level, h, w, -(-h // p) * p, -(-w // p) * p))
+        for level, factor in enumerate(factors):
+            h, w = (math.ceil(side / factor - 1e-9) for side in (height, width))
+            growth = factors[level - 1] / factor if level else 1.0
+            sizes.append(LevelSize(level, h, w, self._padded(h), self._padded(w), factor, growth))
         return sizes
+
+    def _padded(self, side: float) -> int:
+        return math.ceil(side / self.patch_size - 1e-9) * self.patch_size
+
+    def _first_factor(self, height: int, width: int) -> float:
+        """Elements of the finished field per element of level 0, in each direction: 1 for a single level.
+
+        A power of two where that leads near the base area with little padding. Else what comes nearest to the area and
+        wastes least: level 0 of an area that was not trained on draws other, weaker pictures than of one that was.
+        """
+
+        def padded_area(factor: float) -> int:
+            return self._padded(height / factor) * self._padded(width / factor)
+
+        def waste(factor: float) -> float:
+            return padded_area(factor) / (height * width / factor**2)
+
+        halvings = max(0, round(math.log2(height * width / self.base_area) / 2))
+        nearness = padded_area(2.0**halvings) / self.base_area
+        if halvings == 0 or (1 / _NEAR <= nearness <= _NEAR and waste(2.0**halvings) <= _NEAR):
+            return 2.0**halvings
+        ideal = math.sqrt(height * width / self.base_area)
+        candidates = [ideal]
+        for side in (height, width):  # whole patches along one side, and nearly the area
+            fewest, most = (side / (self.patch_size * ideal * times) for times in (_NEAR, 1 / _NEAR))
+            candidates += [
+                side / (self.patch_size * count) for count in range(math.ceil(fewest), math.floor(most) + 1) if count
+            ]
+        return max(
+            1.0, min(candidates, key=lambda f: abs(math.log(padded_area(f) / self.base_area)) + 2 * math.log(waste(f)))
+        )
 
     @staticmethod
     def blur(sharp: Tensor) -> Tensor:
@@ -96,8 +141,15 @@ class Pyramid:
         return F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
 
     def coarse_for(self, previous: Tensor, size: LevelSize) -> Tensor:
-        """The coarser level's padded field, upsampled and cut to this level's padded size."""
-        return self.upsample(previous)[:, :, : size.padded_height, : size.padded_width]
+        """The coarser level's padded field, upsampled and cut to this level's padded size, or its edge repeated."""
+        if abs(size.growth - 2) < 1e-6:
+            return self.upsample(previous)[:, :, : size.padded_height, : size.padded_width]
+        # Pixels' centres stay where they are in the picture, so the ratio is that of the factors, not of the sizes.
+        grown = F.interpolate(
+            previous, scale_factor=size.growth, mode="bilinear", align_corners=False, recompute_scale_factor=False
+        )[:, :, : size.padded_height, : size.padded_width]
+        missing = (0, size.padded_width - grown.shape[3], 0, size.padded_height - grown.shape[2])
+        return F.pad(grown, missing, mode="replicate") if any(missing) else grown
 
     def start(self, coarse: Tensor | None, noise: Tensor) -> Tensor:
         """x0 of a level: noise at level 0, the blurred field plus a little noise above."""

@@ -41,7 +41,8 @@ def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     if transposed:
         x = x.transpose(-1, -2)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if iterates_on_gram(*x.shape[-2:], dtype):
+    rows, columns = x.shape[-2:]
+    if iterates_on_gram(rows, columns, dtype):
         gram, product = x @ x.transpose(-1, -2), None
         for step in range(steps):
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -56,7 +56,7 @@ def test_a_picture_and_what_it_tells(generate, tiny_checkpoint):
     assert (told.prompt, told.seed, told.image_index, told.width, told.height) == ("a bird in a cage", 7, 0, 96, 64)
     assert (told.steps, told.guidance, told.solver, told.run) == (2, DEFAULT_GUIDANCE, "euler", None)
     assert told.checkpoint == "tiny" and told.checkpoint_sha256 == find_checkpoint(tiny_checkpoint).sha256
-    assert told.extra["dtype"] in ("fp32", "bf16") and told.extra["steps_per_level"] == [2, 1]
+    assert told.extra["dtype"] in ("fp32", "bf16") and told.extra["steps_per_level"] == [2, 1, 1]
     assert Image.open(file).text["parameters"].startswith("a bird in a cage\nSteps: 2, Sampler: euler, CFG scale: 3.0")
     run = last_run()
     assert run.status == "ok" and run.seeds == [7] and run.checkpoint_sha256 == told.checkpoint_sha256
@@ -102,7 +102,7 @@ def test_preview(generate):
     ending = generate("a cat", "-n", "2", "--preview", "-o", "cat.png", "--res", "260x140", size=("--steps", "1"))
     assert ending.code == 0 and [str(file) for file in ending.files] == ["cat.png", "cat_1.png"]
     assert {"cat_level0.png", "cat_1_level0.png"} < set(everything())
-    assert Image.open("cat_level0.png").size == (33, 18) and Image.open("cat_1_level2.png").size == (130, 70)
+    assert Image.open("cat_level0.png").size == (45, 24) and Image.open("cat_1_level2.png").size == (145, 78)
     assert len(last_run().outputs) == 8  # no preview of the last level, which is the picture
     assert read_metadata("cat_level0.png").extra["preview_of_level"] == 0
     plain = generate("a cat", "-n", "2", "-o", "plain.png", "--res", "260x140", size=("--steps", "1"))
@@ -384,7 +384,7 @@ def test_the_planned_work_is_the_work_done(tiny_checkpoint, solver, monkeypatch)
     pipeline.transformer.register_forward_pre_hook(lambda _, given: done.append(given[0].shape[2:].numel() // 64))
     draw_batch(pipeline, [request])
     levels = planner.levels(request)
-    assert len(levels) == 3 and sum(level.work for level in levels) == sum(done)
+    assert len(levels) == 4 and sum(level.work for level in levels) == sum(done)
     assert [done.count(level.tokens) for level in levels] == [sum(level.evaluations) for level in levels]
 
 

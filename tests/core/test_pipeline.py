@@ -255,8 +255,8 @@ def test_latents_of_an_autoencoder(pipeline: PhysFormerPipeline) -> None:
         num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=3,
     )  # fmt: skip
     pipeline._codec = AutoencoderCodec("tiny", autoencoder)
-    assert [(s.height, s.width) for s in pipeline.level_sizes(101, 87)] == [(26, 22), (51, 44)]
-    assert draw(pipeline, height=101, width=87).shape == (1, 101, 87, 3)
+    assert [(s.height, s.width) for s in pipeline.level_sizes(128, 124)] == [(32, 31), (64, 62)]
+    assert draw(pipeline, height=128, width=123).shape == (1, 128, 123, 3)
 
 
 def test_what_cannot_be_drawn_is_refused(pipeline: PhysFormerPipeline) -> None:

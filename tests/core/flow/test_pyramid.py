@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from physformer_core.errors import ConfigError
-from physformer_core.flow.pyramid import DETAIL_SCALE, Pyramid, picture_noise, picture_seed
+from physformer_core.flow.pyramid import DETAIL_SCALE, LevelSize, Pyramid, picture_noise, picture_seed
 
 
 def test_sizes_of_known_resolutions() -> None:
@@ -20,11 +21,19 @@ def test_sizes_of_known_resolutions() -> None:
     assert padded(720, 1280) == [(24, 40), (48, 80), (96, 160), (184, 320), (360, 640), (720, 1280)]
     assert padded(32, 32) == [(32, 32)]
     assert padded(256, 256) == [(32, 32), (64, 64), (128, 128), (256, 256)]
-    assert len(padded(2160, 3840)) == 7 and padded(2160, 3840)[0] == (40, 64)
     assert padded(720, 1280, levels=1) == [(720, 1280)]
-    assert padded(1, 1) == [(8, 8)] and padded(7, 1000) == [(8, 504), (8, 1000)] and padded(7, 200) == [(8, 200)]
-    own = [(s.level, s.height, s.width) for s in Pyramid().level_sizes(333, 1001)]
-    assert own == [(0, 21, 63), (1, 42, 126), (2, 84, 251), (3, 167, 501), (4, 333, 1001)]
+    assert padded(1, 1) == [(8, 8)] and padded(7, 200) == [(8, 200)]
+    own = [(s.level, s.height, s.width) for s in Pyramid().level_sizes(720, 1281, levels=3)]
+    assert own == [(0, 180, 321), (1, 360, 641), (2, 720, 1281)]
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 854), (1080, 1920), (2160, 3840), (400, 400), (768, 512)])
+def test_where_halving_leads_astray_steps_are_smaller(height: int, width: int) -> None:
+    sizes = Pyramid().level_sizes(height, width)
+    first, growths = sizes[0], {round(size.growth, 9) for size in sizes[1:]}
+    assert first.padded_height * first.padded_width in (960, 1024) and len(growths) == 1
+    assert 1.7 < growths.pop() < 2
+    assert first.padded_width / first.padded_height == pytest.approx(width / height, rel=0.12)
 
 
 @settings(deadline=None, max_examples=60)
@@ -34,17 +43,31 @@ def test_any_size_has_levels_that_grow_into_one_another(height: int, width: int,
     sizes = pyramid.level_sizes(height, width)
     assert (sizes[-1].height, sizes[-1].width) == (height, width)
     assert [size.level for size in sizes] == list(range(len(sizes)))
-    if height * width >= 32 * 32:
-        area = height * width / 4 ** (len(sizes) - 1)
-        assert 32 * 32 / 2.01 <= area <= 32 * 32 * 2.01
+    if height * width >= 2 * 32 * 32 and min(height, width) / max(height, width) > 0.2:
+        assert 0.5 <= sizes[0].padded_height * sizes[0].padded_width / 32**2 <= 2
     for size in sizes:
         assert size.padded_height % patch == size.padded_width % patch == 0
         assert 0 <= size.padded_height - size.height < patch and 0 <= size.padded_width - size.width < patch
         assert size.place == (0.0, 0.0, size.padded_height / size.height, size.padded_width / size.width)
+        assert size.height == math.ceil(height / size.factor - 1e-9)
+    assert sizes[0].growth == sizes[-1].factor == 1
     for coarse, fine in pairwise(sizes):
-        assert fine.height in (2 * coarse.height, 2 * coarse.height - 1)
-        # The coarser level, twice as large, covers the finer one, padding included.
-        assert 2 * coarse.padded_height >= fine.padded_height and 2 * coarse.padded_width >= fine.padded_width
+        assert fine.growth == pytest.approx(coarse.factor / fine.factor) and 1 <= fine.growth <= 2.08
+        # The coarser level, so many times larger, covers the finer one but for a part of a pixel.
+        assert fine.growth * coarse.height > fine.height - 1 and fine.growth * coarse.width > fine.width - 1
+
+
+def test_growing_leaves_everything_in_its_place() -> None:
+    pyramid = Pyramid()
+    sizes = pyramid.level_sizes(480, 854)
+
+    def ramp(size: LevelSize) -> torch.Tensor:
+        """What stands at every pixel's centre: its distance from the left edge as a share of the picture's width."""
+        return ((torch.arange(size.padded_width) + 0.5) * size.factor / 854).expand(1, 3, size.padded_height, -1)
+
+    for coarse, fine in pairwise(sizes):
+        grown = pyramid.coarse_for(ramp(coarse).contiguous(), fine)
+        assert torch.allclose(grown[..., 1 : fine.width - 1], ramp(fine)[..., 1 : fine.width - 1], atol=1e-5)
 
 
 def test_coarse_field_has_the_size_of_its_level() -> None:
