@@ -105,7 +105,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield temporary
         except Exception as error:
             told = error if isinstance(error, OSError) else _system_error(error)
-            if told is None or (told is error and not _concerns_output(told, temporary)):
+            if told is None or (told.filename is not None and not _concerns_output(told, temporary)):
                 raise
             raise output_error(path, told) from error
         try:
@@ -203,7 +203,9 @@ def _concerns_output(error: OSError, temporary: Path) -> bool:
     """Whether an OSError raised while writing is about the output, not about some other file the writer read."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return True
-    return error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(temporary)
+    return error.filename is not None and Path(os.fsdecode(error.filename)).absolute().is_relative_to(
+        temporary.absolute()
+    )
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Levels: a picture is grown from a few dozen tokens to its full size, at most twice as large at each level.
+"""Levels: a picture is grown from a few dozen tokens to its full size, about twice as large at each level, or less.
 
 Level 0 flows from noise. Level l > 0 flows from the upsampled level l - 1 plus a little noise to the sharp field: a
 short path, on which a few steps are enough. Sizes run backwards from the target, so any width and height will do: by
@@ -78,20 +78,11 @@ class Pyramid:
         if self.base_area < 1:
             raise ConfigError(f"base_area must be at least 1, not {self.base_area}", hint="1024 is 32x32 elements")
 
-    def level_sizes(self, height: int, width: int, levels: int | None = None) -> list[LevelSize]:
-        """Sizes of all levels, coarsest first.
-
-        Args:
-            height, width: Size of the finished field.
-            levels: Number of levels, each twice as large as the one before; by default level 0 comes near
-                ``base_area``.
-        """
-        if levels is not None:
-            factors = [2.0 ** (levels - 1 - level) for level in range(levels)]
-        else:
-            first = self._first_factor(height, width)
-            last = math.ceil(math.log2(first) - 0.05)  # hardly more than halves, rather than one level more
-            factors = [first ** ((last - level) / last) if level else first for level in range(last + 1)]
+    def level_sizes(self, height: int, width: int) -> list[LevelSize]:
+        """Sizes of all levels of a field of this size, coarsest first."""
+        first = self._first_factor(height, width)
+        last = math.ceil(math.log2(first) - 0.05)  # hardly more than halves, rather than one level more
+        factors = [first ** ((last - level) / last) if level else first for level in range(last + 1)]
         sizes = []
         for level, factor in enumerate(factors):
             h, w = (math.ceil(side / factor - 1e-9) for side in (height, width))
@@ -126,8 +117,10 @@ class Pyramid:
             candidates += [
                 side / (self.patch_size * count) for count in range(math.ceil(fewest), math.floor(most) + 1) if count
             ]
-        return max(
-            1.0, min(candidates, key=lambda f: abs(math.log(padded_area(f) / self.base_area)) + 2 * math.log(waste(f)))
+        near = [f for f in candidates if 1 / _NEAR <= padded_area(f) / self.base_area <= _NEAR]
+        return min(
+            near or candidates,
+            key=lambda f: abs(math.log(padded_area(f) / self.base_area)) + 2 * math.log(waste(f)),
         )
 
     @staticmethod

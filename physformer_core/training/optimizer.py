@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from physformer_core.errors import ConfigError
+from physformer_core.hardware import has_fast_bfloat16
 from physformer_core.training.distributed import divided_like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -18,10 +19,15 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
+def muon_dtype(device: torch.device) -> torch.dtype:
+    """The arithmetic of Muon's iterations: bfloat16 where the device has it in hardware, else float32."""
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+
+
 def iterates_on_gram(rows: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether matrices of this shape are orthogonalised by way of their products with themselves: those that are not
-    square, but in bfloat16, where squares of small singular values would drown."""
-    return rows != columns and dtype != torch.bfloat16
+    """Whether matrices of this shape are orthogonalised by way of their products with themselves: from a ratio of 1.5
+    on that takes fewer operations. Not in bfloat16, in which squares of small singular values would drown."""
+    return 2 * max(rows, columns) > 3 * min(rows, columns) and dtype != torch.bfloat16
 
 
 def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
@@ -177,8 +183,8 @@ class Optimizer:
             {"params": others, "weight_decay": 0.0},
         ]
         self.names: dict[Tensor, str] = {param: key for key, param in model.named_parameters()}
-        # In one pass over memory; on CUDA torch would then keep its count of steps there, and wait for it.
-        fused = all(param.device.type == "cpu" for param in adamw.values())
+        # In one pass over memory. Elsewhere torch chooses: on CUDA it would keep its count of steps there.
+        fused = all(param.device.type == "cpu" for param in adamw.values()) or None
         groups = [group for group in groups if group["params"]]
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [
             (torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-10, fused=fused), lr)

@@ -21,7 +21,7 @@ from physformer_core.checkpoints import find_checkpoint
 from physformer_core.config import RunConfig
 from physformer_core.data.loader import Batch, BatchStream, ShardSet
 from physformer_core.errors import CheckpointError, ConfigError, DeviceError, PhysFormerError
-from physformer_core.hardware import has_fast_bfloat16, keep_freed_memory, resolve_dtype, why_no_compiler
+from physformer_core.hardware import keep_freed_memory, resolve_dtype, why_no_compiler
 from physformer_core.model.attention import why_no_native
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.pipeline import PhysFormerPipeline
@@ -43,7 +43,7 @@ from physformer_core.training.distributed import Ranks, copy_from_first, resolve
 from physformer_core.training.ema import WeightAverage
 from physformer_core.training.gradients import Gradients
 from physformer_core.training.objective import FlowObjective
-from physformer_core.training.optimizer import Optimizer, schedule
+from physformer_core.training.optimizer import Optimizer, muon_dtype, schedule
 from physformer_core.training.report import Interval, RunLog, StepReport, open_log
 from physformer_core.training.samples import SampleGrid
 from physformer_core.training.watching import WorkMeter
@@ -145,7 +145,7 @@ class Trainer:
             muon_lr=train.muon_lr,
             weight_decay=train.weight_decay,
             betas=(train.beta1, train.beta2),
-            muon_dtype=torch.bfloat16 if has_fast_bfloat16(self.device) else torch.float32,
+            muon_dtype=muon_dtype(self.device),
         )
         base_density, fine_density = config.flow.densities()
         self.objective = FlowObjective(

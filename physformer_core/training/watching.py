@@ -11,7 +11,7 @@ from torch import Tensor
 from physformer_core.data.loader import Batch
 from physformer_core.model.flops import training_flops
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
-from physformer_core.training.optimizer import NEWTON_SCHULZ_STEPS, iterates_on_gram, split_parameters
+from physformer_core.training.optimizer import NEWTON_SCHULZ_STEPS, iterates_on_gram, muon_dtype, split_parameters
 
 
 class WorkMeter:
@@ -27,7 +27,7 @@ class WorkMeter:
         self.peak = peak
         self._model = model
         matrices = split_parameters(model)[0].values() if optimizer == "muon" else ()
-        self._update = sum(newton_schulz_flops(matrix) for matrix in matrices)
+        self._update = sum(newton_schulz_flops(matrix, muon_dtype(matrix.device)) for matrix in matrices)
         self._of_shape = functools.cache(functools.partial(_picture_flops, model))
 
     def step(self, batch: Batch) -> int:
@@ -40,14 +40,14 @@ def batch_flops(model: PhysFormerTransformer2DModel, batch: Batch) -> int:
     return batch.pixels_bchw.shape[0] * _picture_flops(model, *batch_shape(model, batch), batch.kind)
 
 
-def newton_schulz_flops(matrix: Tensor) -> int:
-    """Orthogonalising an m x n matrix, m <= n, or a kernel as one, in float32.
+def newton_schulz_flops(matrix: Tensor, dtype: torch.dtype = torch.float32) -> int:
+    """Orthogonalising an m x n matrix, m <= n, or a kernel as one.
 
-    Square: per iteration X X^T, its square, and that times X. Else X X^T once; per iteration its square, a product of
-    polynomials (not the first time) and two of X X^T with the polynomial (not the last time); and one product with X.
+    As it is written: per iteration X X^T, its square, and that times X. On X X^T: that once; per iteration its square,
+    a product of polynomials (not the first time) and two with X X^T (not the last time); one with X.
     """
     m, n = sorted((matrix.shape[0], math.prod(matrix.shape[1:])))  # of shapes alone: a rank may hold only some rows
-    if iterates_on_gram(m, n, torch.float32):
+    if iterates_on_gram(m, n, dtype):
         return 2 * 2 * m * m * n + (4 * NEWTON_SCHULZ_STEPS - 3) * 2 * m**3
     return NEWTON_SCHULZ_STEPS * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
 

@@ -176,7 +176,11 @@ class _Stage:
         """The frame, moved so that it lies in the picture."""
         dx = max(margin - frame.left, 0.0) + min(self.width - margin - frame.right, 0.0)
         dy = max(margin - frame.top, 0.0) + min(self.height - margin - frame.bottom, 0.0)
-        return Frame(frame.left + dx, frame.top + dy, frame.right + dx, frame.bottom + dy)
+        return frame.moved(right=dx, down=dy)
+
+    def on_ground(self, bottom: float) -> float:
+        """That height, or the nearest one below it at which there is ground: tall pictures have it further down."""
+        return max(bottom, (self.backdrop.ground[0] + 0.02) * self.height) if self.backdrop.ground else bottom
 
     def draw(
         self,
@@ -288,7 +292,7 @@ def _caged(stage: _Stage, concept: Concept, colour: str | None = None) -> None:
     tall = stage.short * 0.9
     wide = tall * 0.86
     x = stage.width / 2 + _aside(stage)
-    bottom = (stage.height + tall) / 2
+    bottom = stage.on_ground((stage.height + tall) / 2)
     outer = stage.inside(Frame(x - wide / 2, bottom - tall, x + wide / 2, bottom), 20)
     behind, front = cage(outer, random, avoid=stage.backdrop.colour)
     stage.parts += [shadow((outer.left + outer.right) / 2, outer.bottom - 6, wide * 0.54), behind]
@@ -354,8 +358,8 @@ def _side_by_side(stage: _Stage, subject: Concept, other: Concept) -> None:
 
 
 def _paired_base(stage: _Stage) -> float:
-    """Where feet stand in pairs: the lower edge of the middle square's lower half, nearly."""
-    return stage.height / 2 + 0.42 * stage.short
+    """Where feet stand in pairs: near the lower edge of the square in the middle, if that is on the ground."""
+    return stage.on_ground(stage.height / 2 + 0.42 * stage.short)
 
 
 def _over(stage: _Stage, subject: Concept, other: Concept) -> None:
@@ -377,7 +381,7 @@ def _stack(stage: _Stage, *, upper: tuple[Concept, str], lower: tuple[Concept, s
     """One thing above another, with air between them."""
     middle, size = stage.width / 2 + _aside(stage), PAIRED * stage.short
     low = stage.inside(stage.frame_of(lower[0], size, middle, bottom=_paired_base(stage)))
-    high = stage.inside(stage.frame_of(upper[0], size, middle, y=stage.height / 2 - 0.25 * stage.short), 10)
+    high = stage.inside(stage.frame_of(upper[0], size, middle, y=low.bottom - 0.67 * stage.short), 10)
     high = high.moved(down=min(0.0, low.top - 0.01 * stage.short - high.bottom))
     stage.draw(lower[0], low, lower[1], grounded=lower[0].lives != "surface")
     stage.draw(upper[0], high, upper[1])

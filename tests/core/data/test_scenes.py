@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from physformer_core.data.scenes import FAMILIAR_PROMPTS, compose_scene, fetch_scenes, load_concepts, render_svg
-from physformer_core.data.scenes.backdrops import PLACE_TIMES
+from physformer_core.data.scenes.backdrops import PLACE_TIMES, draw_place
 from physformer_core.data.scenes.casting import SUPPORTS, pair_rank, places_of, times_of
 from physformer_core.data.scenes.composer import ALONE, KINDS, RELATIONS
 from physformer_core.data.scenes.concepts import art_markup, art_shape, concept_named
@@ -122,6 +122,22 @@ def test_a_thing_alone_has_one_size_and_few_places(aspect: float):
             )
         assert len({round(box[0], 2) for box in boxes}) <= (4 if aspect >= 1 else 8)  # heights
         assert len({round(box[1], 2) for box in boxes}) == (3 if aspect > 1 else 1)
+
+
+def test_what_stands_stands_on_the_ground_in_tall_pictures_too(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "physformer_core.data.scenes.composer.draw_place",
+        lambda *given, **options: drawn.append(draw_place(*given, **options)) or drawn[-1],
+    )
+    checked = 0
+    for index in range(160):
+        drawn.clear()
+        scene = compose_scene(3, index, kind="pair", aspect=9 / 21)
+        if drawn and drawn[0].ground is not None:
+            checked += 1
+            assert max(placed.box[2] for placed in scene.subjects) >= drawn[0].ground[0], scene.captions
+    assert checked > 40
 
 
 def test_every_place_renders_at_every_time_and_aspect():
