@@ -325,8 +325,7 @@ def prompts(
                 caged = load_gallery(extractor, caged=True, progress=task.update, notify=console.warn)
             task = add("prompts", len(cases), unit="prompts")
             pictures = draw_requests(found, drawn.pipeline, requests)
-            patch = drawn.pipeline.transformer.config.patch_size * drawn.pipeline.codec.factor
-            sides = [patch * size.factor for size in reversed(drawn.pipeline.level_sizes(height, width))]
+            sides = [drawn.pipeline.patch_side(size) for size in reversed(drawn.pipeline.level_sizes(height, width))]
             periods = [round(side) for side in sides if abs(side - round(side)) < 1e-6]  # others blur over frequencies
             spectra = GradientSpectrum(periods), GradientSpectrum(periods)
 

@@ -113,6 +113,7 @@ class Planner:
     def __init__(self, checkpoint: Checkpoint) -> None:
         network = checkpoint.transformer
         self.patch = int(network.get("patch_size", 8))
+        self.base_patch = int(network.get("base_patch_size", 0)) or self.patch
         self.channels = int(network.get("in_channels", 3))
         self.hidden_size = int(network.get("hidden_size", 256))
         self.factor = load_codec(checkpoint.codec_name).factor
@@ -140,7 +141,8 @@ class Planner:
                 evaluations = [_ADAPTIVE_EVALUATIONS * cost for cost in costs[:-1]]
             else:
                 evaluations = costs[:-1]
-            result.append(LevelWork(size, size.padded_height * size.padded_width // self.patch**2, tuple(evaluations)))
+            patch = self.patch if size.level else self.base_patch
+            result.append(LevelWork(size, size.padded_height * size.padded_width // patch**2, tuple(evaluations)))
         return result
 
     def picture_bytes(self, width: int, height: int) -> int:

@@ -380,8 +380,7 @@ def _compile(transformer: PhysFormerTransformer2DModel, device: torch.device) ->
     if (missing := why_no_compiler(device)) is not None:
         raise DeviceError(f"--compile cannot be done here: {missing}", hint="or leave --compile out")
     torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
-    for block in transformer.blocks:
-        block.compile(dynamic=False)
+    transformer.compile_repeated_blocks(dynamic=False)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ PREFIX = "transformer."
 FACTS_PREFIX = "physformer."
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' name for it
 
-TARGETS = r"blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(gate_up|down))"
+TARGETS = r"(base\.)?blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.(gate_up|down))"
 """What adapters are put beside: the attention's and the feed-forward's matrices of every block of the picture's stream.
 The text stream stays as it is, so that a prompt is read the same with and without the adapter."""
 

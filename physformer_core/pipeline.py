@@ -119,6 +119,10 @@ class PhysFormerPipeline(DiffusionPipeline):
         factor = self.codec.factor
         return self.pyramid.level_sizes(-(-height // factor), -(-width // factor))
 
+    def patch_side(self, size: LevelSize) -> float:
+        """Side of a level's patches in pixels of the finished picture."""
+        return self.transformer.network(base=size.level == 0).sizes.patch_size * size.factor * self.codec.factor
+
     def check_inputs(
         self, prompt: list[str], negative_prompt: list[str] | None, height: int, width: int, seeds: Sequence[int]
     ) -> None:

@@ -10,17 +10,19 @@ import dataclasses
 import functools
 import itertools
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from physformer_core.data.shard_set import Group, ShardSet
+from physformer_core.data.resident import ResidentCaptions, ResidentFields, Windows
+from physformer_core.data.shard_set import TOKEN_MULTIPLE, Group, ShardSet
 from physformer_core.errors import ConfigError, DataError
 from physformer_core.flow.pyramid import Pyramid
 
@@ -35,7 +37,7 @@ _CROP_MARGIN = 2  # stored elements left around a window: its coarse field is in
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch, on the CPU.
+    """One training batch, on the CPU, or on the device whose memory holds the set.
 
     Attributes:
         pixels_bchw: The field: pixels, float32 in [-1, 1], [batch, 3, height, width]; or latents, of about unit
@@ -166,6 +168,8 @@ class BatchStream:
             by one example. All ranks get the same kind and size at a step.
         start_step: Where iteration begins.
         prefetch: Batches that a thread makes ahead while iterating; 0 makes them when asked.
+        device: Take what is needed of the set into this device's memory, once, and make batches there; without one they
+            are read from files, one by one, and made on the CPU. The last bit of a number may differ.
 
     Raises:
         ConfigError: An option is out of range, or contradicts what is stored.
@@ -185,6 +189,7 @@ class BatchStream:
         world_size: int = 1,
         start_step: int = 0,
         prefetch: int = 2,
+        device: torch.device | None = None,
     ) -> None:
         if batch_size < 1 or seed < 0 or start_step < 0 or prefetch < 0:
             raise ConfigError("batch_size must be at least 1; seed, start_step and prefetch at least 0")
@@ -208,6 +213,10 @@ class BatchStream:
         self._split = split
         self._rank, self._world_size = rank, world_size
         self._prefetch = prefetch
+        self._device = device
+        self._lock = threading.Lock()
+        self._resident: dict[tuple[str, tuple[int, int], bool], ResidentFields] = {}
+        self._captions: ResidentCaptions | None = None
         self._streams: dict[str, tuple[list[list[Group]], _KindStream]] = {}
         for number, kind in enumerate(("base", "crop")):
             if crop_fraction == (1.0, 0.0)[number]:
@@ -240,23 +249,7 @@ class BatchStream:
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Batches from a step on, without end; a thread makes the next ones meanwhile."""
-        if self._prefetch == 0:
-            step = start_step
-            while True:
-                yield self.batch(step)
-                step += 1
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as executor:
-            ahead = deque(executor.submit(self.batch, start_step + i) for i in range(self._prefetch))
-            step = start_step + self._prefetch
-            try:
-                while True:
-                    batch = ahead.popleft().result()
-                    ahead.append(executor.submit(self.batch, step))
-                    step += 1
-                    yield batch
-            finally:
-                for future in ahead:
-                    future.cancel()
+        return made_ahead(self.batch, start_step, ahead=self._prefetch)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iterate(self.start_step)
@@ -288,49 +281,43 @@ class BatchStream:
         self, kind: str, step: int, groups: list[Group], rows: np.ndarray, draws: np.ndarray, first_row: int
     ) -> Batch:
         starts = np.cumsum([0, *(group.count for group in groups)])
+        which = np.searchsorted(starts, rows, side="right") - 1
+        inside = rows - starts[which]
+        stored = np.array([group.size for group in groups], np.int64)[which]
         height, width = groups[0].size
         if kind == "crop" and self._crop_size is not None:
             height = width = self._crop_size
-        spec, margin = self.shards.field, 0 if kind == "base" else _CROP_MARGIN
-        framed = (height + 2 * margin, width + 2 * margin)
-        field_bhwc = np.empty((len(rows), *framed, spec.channels), spec.dtype)
-        half_bhwc = None
-        if kind == "crop" and not spec.is_pixels:
-            half_bhwc = np.empty((len(rows), framed[0] // 2, framed[1] // 2, spec.channels), spec.dtype)
+        top, left = _offsets(stored[:, 0], height, draws[:, 1]), _offsets(stored[:, 1], width, draws[:, 2])
         place_b4 = np.empty((len(rows), 4), np.float64)
         level_b, class_b, indices_b, captions_b = (np.empty(len(rows), np.int64) for _ in range(4))
-        for i, (row, (caption, y, x)) in enumerate(zip(rows.tolist(), draws.tolist(), strict=True)):
-            which = int(np.searchsorted(starts, row, side="right")) - 1 if len(groups) > 1 else 0
-            group, inside = groups[which], row - int(starts[which])
-            stored_height, stored_width = group.size
-            top, left = _offset(stored_height, height, y), _offset(stored_width, width, x)
-            field_bhwc[i] = _window(group.field(inside), top - margin, left - margin, *framed)
-            if half_bhwc is not None:
-                corner = (top - margin) // 2, (left - margin) // 2
-                half_bhwc[i] = _window(group.coarse(inside), *corner, framed[0] // 2, framed[1] // 2)
-            y0, x0, y1, x1 = group.place[inside].tolist()
-            row_step, column_step = (y1 - y0) / stored_height, (x1 - x0) / stored_width
-            place_b4[i] = (
-                y0 + top * row_step,
-                x0 + left * column_step,
-                y0 + (top + height) * row_step,
-                x0 + (left + width) * column_step,
-            )
-            level_b[i], class_b[i] = group.level[inside], group.class_label[inside]
-            first, last = int(group.caption_starts[inside]), int(group.caption_starts[inside + 1])
-            captions_b[i] = group.caption_rows[first + int(caption * (last - first))]
-            indices_b[i] = group.first + inside
-        tokens_btd, mask_bt, pooled_bp = self.shards.embeddings(captions_b)
-        field_bchw = _channels_first(field_bhwc)
+        for number in np.unique(which):
+            group, mine = groups[number], which == number
+            of = inside[mine]
+            place_b4[mine], level_b[mine], class_b[mine] = group.place[of], group.level[of], group.class_label[of]
+            first, last = group.caption_starts[of], group.caption_starts[of + 1]
+            captions_b[mine] = group.caption_rows[first + (draws[mine, 0] * (last - first)).astype(np.int64)]
+            indices_b[mine] = group.first + of
+        corner, step_yx = place_b4[:, :2], (place_b4[:, 2:] - place_b4[:, :2]) / stored
+        offset_yx = np.stack([top, left], axis=1)
+        place_b4 = np.concatenate(
+            [corner + offset_yx * step_yx, corner + (offset_yx + np.array([height, width])) * step_yx], axis=1
+        )
+
+        spec, margin = self.shards.field, 0 if kind == "base" else _CROP_MARGIN
+        windows = Windows(which, inside, top - margin, left - margin, height + 2 * margin, width + 2 * margin)
+        field_bchw = self._fields(groups, windows)
+        tokens_btd, mask_bt, pooled_bp = self._embeddings(captions_b)
         if spec.is_pixels:
             field_bchw = field_bchw.mul_(2 / 255).sub_(1)
         coarse_bchw = None
         if kind == "crop":
-            half_bchw = F.avg_pool2d(field_bchw, 2) if half_bhwc is None else _channels_first(half_bhwc)
+            half_bchw = F.avg_pool2d(field_bchw, 2)
+            if not spec.is_pixels:
+                half_bchw = self._fields(groups, windows.halved(), coarse=True)
             inner = (..., slice(margin, -margin), slice(margin, -margin))
             coarse_bchw = Pyramid.upsample(half_bchw)[inner].contiguous()
             field_bchw = field_bchw[inner].contiguous()
-        return Batch(
+        batch = Batch(
             pixels_bchw=field_bchw,
             coarse_bchw=coarse_bchw,
             level_b=torch.from_numpy(level_b),
@@ -346,14 +333,72 @@ class BatchStream:
             first=first_row,
             total=self.batch_size,
         )
+        return batch if self._device is None else batch.to(self._device)
+
+    def _fields(self, groups: list[Group], windows: Windows, *, coarse: bool = False) -> torch.Tensor:
+        """Windows [B, channels, height, width] in float32, mirrored beyond the edge of what is stored."""
+        if self._device is not None:
+            return _channels_first(self._resident_fields(groups, coarse).take(windows))
+        spec = self.shards.field
+        shape = (len(windows.which), windows.height, windows.width, spec.channels)
+        field_bhwc = np.empty(shape, spec.dtype)
+        numbers = (one.tolist() for one in (windows.which, windows.inside, windows.top, windows.left))
+        for i, (which, inside, top, left) in enumerate(zip(*numbers, strict=True)):
+            stored = groups[which].coarse(inside) if coarse else groups[which].field(inside)
+            field_bhwc[i] = _window(stored, top, left, windows.height, windows.width)
+        return _channels_first(torch.from_numpy(field_bhwc))
+
+    def _resident_fields(self, groups: list[Group], coarse: bool) -> ResidentFields:
+        assert self._device is not None
+        key = (groups[0].kind, groups[0].size, coarse)
+        with self._lock:  # several threads may make batches
+            if key not in self._resident:
+                self._resident[key] = ResidentFields(groups, self._device, coarse=coarse)
+            return self._resident[key]
+
+    def _embeddings(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self._device is None:
+            return self.shards.embeddings(rows)
+        with self._lock:
+            if self._captions is None:
+                self._captions = ResidentCaptions(self.shards, self._device)
+        return self._captions.take(rows, TOKEN_MULTIPLE)
 
 
-def _offset(stored: int, wanted: int, draw: float) -> int:
-    """A window's offset: even, with a margin on both sides; 0 when the stored crop is taken whole."""
-    if stored == wanted:
-        return 0
+_Made = TypeVar("_Made")
+
+
+def made_ahead(
+    make: Callable[[int], _Made], first: int, *, ahead: int, threads: int = 1
+) -> Generator[_Made, None, None]:
+    """``make(first)``, ``make(first + 1)`` and so on without end, in order; threads make the next ones meanwhile.
+
+    Args:
+        make: May be called by several threads at once, if there are.
+        first: Its first argument.
+        ahead: How many are made before they are asked for; 0 makes them when asked.
+        threads: How many make them.
+    """
+    if ahead == 0:
+        for number in itertools.count(first):
+            yield make(number)
+    with ThreadPoolExecutor(threads, thread_name_prefix="batches") as executor:
+        waiting = deque(executor.submit(make, first + i) for i in range(ahead))
+        try:
+            for number in itertools.count(first + ahead):
+                made = waiting.popleft().result()
+                waiting.append(executor.submit(make, number))
+                yield made
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _offsets(stored: np.ndarray, wanted: int, draws: np.ndarray) -> np.ndarray:
+    """Windows' offsets: even, with a margin on both sides; 0 where a stored crop is taken whole."""
     choices = (stored - wanted - 2 * _CROP_MARGIN) // _CROP_STEP + 1
-    return _CROP_MARGIN + _CROP_STEP * int(draw * choices)
+    drawn = _CROP_MARGIN + _CROP_STEP * (draws * choices).astype(np.int64)
+    return np.where(stored == wanted, 0, drawn)
 
 
 def _window(stored: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
@@ -374,5 +419,5 @@ def _window(stored: np.ndarray, top: int, left: int, height: int, width: int) ->
     return np.pad(inner, beyond, mode="symmetric")
 
 
-def _channels_first(field_bhwc: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(field_bhwc).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+def _channels_first(field_bhwc: torch.Tensor) -> torch.Tensor:
+    return field_bhwc.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)

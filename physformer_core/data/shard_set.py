@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from physformer_core.data.set_folder import PARTIAL, SHARDS_FORMAT, is_whole, re
 from physformer_core.errors import DataError
 from physformer_core.files import sha256_file
 
-_TOKEN_MULTIPLE = 8  # keeps tensor shapes few (compilers) and aligned (kernels)
+TOKEN_MULTIPLE = 8  # keeps tensor shapes few (compilers) and aligned (kernels)
 
 
 class Arrow:
@@ -70,6 +71,12 @@ class _BinaryColumn:
         offsets, data = self._parts[index]
         return data[offsets[inside] : offsets[inside + 1]].view(self._dtype)
 
+    def whole(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(all values one after the other, their lengths in elements) of each record batch."""
+        for (offsets, data), batch in zip(self._parts, self._arrow.batches, strict=True):
+            used = offsets[: batch.num_rows + 1]
+            yield data[used[0] : used[-1]].view(self._dtype), np.diff(used) // self._dtype.itemsize
+
 
 class Group:
     """All shards of one stored size: examples that can stand in one batch.
@@ -122,6 +129,21 @@ class Group:
         """(file, row in it)."""
         index = int(np.searchsorted(self.starts, row, side="right")) - 1
         return index, row - int(self.starts[index])
+
+    @property
+    def channels(self) -> int:
+        """Of a field."""
+        return self._spec.channels
+
+    @property
+    def coarse_size(self) -> tuple[int, int]:
+        """(height, width) of what crops of latents are one level down."""
+        return self.size[0] // 2, self.size[1] // 2
+
+    def stored(self, *, coarse: bool = False) -> Iterator[np.ndarray]:
+        """All fields, or coarse ones, in order, in parts [n, height, width, channels]: views of the memory map."""
+        for file in self._coarse if coarse else self._fields:
+            yield from file
 
     def field(self, row: int) -> np.ndarray:
         """A view of one field in the memory map: uint8 or float16 [height, width, channels]."""
@@ -229,7 +251,7 @@ class ShardSet:
         """Tokens [batch, tokens, hidden] (a multiple of 8, zero-padded), mask and pooled vectors of caption rows."""
         tokens = [self._tokens[row].reshape(-1, self.hidden_size) for row in rows.tolist()]
         longest = max(len(value) for value in tokens)
-        padded = _TOKEN_MULTIPLE * math.ceil(longest / _TOKEN_MULTIPLE)
+        padded = TOKEN_MULTIPLE * math.ceil(longest / TOKEN_MULTIPLE)
         tokens_btd = np.zeros((len(rows), padded, self.hidden_size), np.float16)
         mask_bt = np.zeros((len(rows), padded), np.bool_)
         for index, value in enumerate(tokens):
@@ -237,6 +259,21 @@ class ShardSet:
             mask_bt[index, : len(value)] = True
         pooled_bp = np.stack([self._pooled[row] for row in rows.tolist()])
         return torch.from_numpy(tokens_btd).float(), torch.from_numpy(mask_bt), torch.from_numpy(pooled_bp).float()
+
+    def all_tokens(self) -> tuple[Iterator[np.ndarray], np.ndarray]:
+        """Tokens of all captions one after the other, float16 [tokens, hidden] in parts, and how many each has."""
+        lengths = np.concatenate([sizes for _, sizes in self._tokens.whole()]) // self.hidden_size
+        return (values.reshape(-1, self.hidden_size) for values, _ in self._tokens.whole()), lengths
+
+    def all_pooled(self) -> np.ndarray:
+        """Pooled vectors of all captions, float16 [captions, pooled]."""
+        return np.concatenate([values.reshape(-1, self.pooled_size) for values, _ in self._pooled.whole()])
+
+    def resident_bytes(self, split: str) -> int:
+        """Bytes of a split's fields and of all captions' embeddings."""
+        shards = [entry for entry in self.manifest["shards"] if entry["split"] == split]
+        files = [self.folder / entry["name"] for entry in [*shards, self.manifest["captions"]]]
+        return sum(path.stat().st_size for path in files)
 
     def _entries(self, kind: str, split: str) -> list[dict[str, Any]]:
         return [e for e in self.manifest["shards"] if e["kind"] == kind and e["split"] == split]

@@ -190,7 +190,7 @@ def read_run(folder: Path, loss: str = "base") -> ScalingPoint:
     known = {key: value for key, value in found.transformer.items() if not key.startswith("_")}
     with torch.device("meta"):
         model = PhysFormerTransformer2DModel(**known)
-    side = max(1, round(math.sqrt(area) / model.config.patch_size))
+    side = max(1, round(math.sqrt(area) / model.network(base=loss == "base").sizes.patch_size))
     examples = done * batch_size
     flops = training_flops(model, side, side, PROMPT_TOKENS, base=loss == "base") * examples
     return ScalingPoint(folder.name, sum(p.numel() for p in model.parameters()), examples, flops, float(values[-1]))

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from physformer_core.model.attention import AttentionPlan, TextKeyValue
 
 if TYPE_CHECKING:
-    from physformer_core.model.transformer import PhysFormerBlock
+    from physformer_core.model.blocks import PhysFormerBlock
 
 
 def run_reversibly(

@@ -40,8 +40,8 @@ from physformer_core.quantization.storage import (
 Activations = Literal["float", "int8"]
 
 KEPT: dict[Bits, tuple[str, ...]] = {
-    8: ("patch_embed.*", "final_layer.proj_out", "refiner.*"),
-    4: ("patch_embed.*", "condition_embed.*", "final_layer.proj_out", "refiner.*"),
+    8: ("*patch_embed.*", "*final_layer.proj_out", "*refiner.*"),
+    4: ("*patch_embed.*", "*condition_embed.*", "*final_layer.proj_out", "*refiner.*"),
 }
 """Layers that stay as they are, by bits: chosen by `physformer quantize --sensitivity` (docs/quantization.md); the
 refiner's, as it is where level 0 leaves and has a fiftieth of the weights."""

@@ -306,10 +306,11 @@ def shard(model: PhysFormerTransformer2DModel, device: torch.device, ranks: Rank
     mesh = init_device_mesh(device.type, (ranks.world_size,))
     for text_block in model.text_blocks:
         fully_shard(text_block, mesh=mesh)
-    for block, attention in zip(model.blocks, model.attentions(), strict=True):
-        fully_shard(attention, mesh=mesh)
-        register_fsdp_forward_method(attention, "encode_text")
-        fully_shard(block, mesh=mesh)
+    for network in model.networks():
+        for block, attention in zip(network.field_blocks(), network.attentions(), strict=True):
+            fully_shard(attention, mesh=mesh)
+            register_fsdp_forward_method(attention, "encode_text")
+            fully_shard(block, mesh=mesh)
     # The root too gives its whole weights back after its forward: validation reads and swaps them between batches.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(model, "encode_prompt")

@@ -124,7 +124,7 @@ def _peak_activation_bytes(model: PhysFormerTransformer2DModel, part: Batch, tra
     model.enable_gradient_checkpointing()
     between = _activation_bytes(model, part)
     model.disable_gradient_checkpointing()
-    return between + (everything - between) // len(model.blocks)
+    return between + (everything - between) // len(model.network(base=part.kind == "base").blocks)
 
 
 def _activation_bytes(model: PhysFormerTransformer2DModel, batch: Batch) -> int:
@@ -148,8 +148,9 @@ def _activation_bytes(model: PhysFormerTransformer2DModel, batch: Batch) -> int:
             yield
 
     with counting():
-        prompt = model.encode_prompt(batch.prompt_embeds_btd, batch.prompt_mask_bt, batch.pooled_bp, drop)
-        coarse = None if batch.kind == "base" else batch.pixels_bchw
+        is_base = batch.kind == "base"
+        prompt = model.encode_prompt(batch.prompt_embeds_btd, batch.prompt_mask_bt, batch.pooled_bp, drop, base=is_base)
+        coarse = None if is_base else batch.pixels_bchw
         model(batch.pixels_bchw, time, prompt, batch.level_b, coarse, batch.place_b4)
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -68,10 +68,8 @@ class Gradients:
         self._module = _LossModule(model)
         self._copied: DistributedDataParallel | None = None
         if parallel == "ddp":
-            # On steps of crops, nothing asks the refiner of level 0.
-            refined = model.refiner is not None and any(p.requires_grad for p in model.refiner.parameters())
             self._copied = DistributedDataParallel(
-                self._module, gradient_as_bucket_view=True, find_unused_parameters=refined
+                self._module, gradient_as_bucket_view=True, find_unused_parameters=_has_idle_parts(model)
             )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -126,6 +124,13 @@ class Gradients:
         elif self._copied is not None and not last:
             return self._copied.no_sync()
         return contextlib.nullcontext()
+
+
+def _has_idle_parts(model: PhysFormerTransformer2DModel) -> bool:
+    """Whether some steps leave some of what is trained alone: crops ask neither level 0's network nor its refiner."""
+    if model.base is not None:
+        return True
+    return model.refiner is not None and any(p.requires_grad for p in model.refiner.parameters())
 
 
 class StepLosses:

@@ -47,6 +47,16 @@ class Draws:
     drop_b: Tensor
     coarse_noise_bchw: Tensor | None
 
+    def to(self, device: torch.device) -> Draws:
+        """The same draws on a device; the copy may still be under way on CUDA, in the order of its work."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+            return pinned.to(device, non_blocking=True)
+
+        coarse_noise = None if self.coarse_noise_bchw is None else moved(self.coarse_noise_bchw)
+        return Draws(moved(self.time_b), moved(self.noise_bchw), moved(self.drop_b), coarse_noise)
+
     def part(self, first: int, count: int, device: torch.device) -> Draws:
         """The draws of ``count`` examples from ``first`` on, on a device."""
 
@@ -107,7 +117,7 @@ class FlowObjective:
         if classes := model.config.num_classes:
             # A dropped prompt drops the class too: the null class comes after the last.
             labels = torch.where(drop | (batch.class_label_b < 0), classes, batch.class_label_b)
-        prompt = model.encode_prompt(batch.prompt_embeds_btd, batch.prompt_mask_bt, batch.pooled_bp, drop)
+        prompt = model.encode_prompt(batch.prompt_embeds_btd, batch.prompt_mask_bt, batch.pooled_bp, drop, base=is_base)
         output = model(z, t, prompt, batch.level_b, shown, batch.place_b4, class_labels=labels, return_dict=False)[
             0
         ].float()

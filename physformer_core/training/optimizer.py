@@ -139,7 +139,7 @@ def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[st
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        in_block = name.startswith(("blocks.", "text_blocks.", "refiner."))
+        in_block = name.removeprefix("base.").startswith(("blocks.", "text_blocks.", "refiner."))
         if in_block and param.ndim in (2, 4) and not any(part in name for part in _NOT_MATRICES):
             muon[name] = param
         else:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 
 from physformer_core.checkpoints import find_checkpoint
 from physformer_core.config import RunConfig
-from physformer_core.data.loader import Batch, BatchStream, ShardSet
+from physformer_core.data.loader import Batch, BatchStream, ShardSet, made_ahead
+from physformer_core.data.resident import why_not_resident
 from physformer_core.errors import CheckpointError, ConfigError, DeviceError, PhysFormerError
 from physformer_core.hardware import keep_freed_memory, resolve_dtype, why_no_compiler
 from physformer_core.model.attention import why_no_native
@@ -42,13 +43,20 @@ from physformer_core.training.checkpoint import (
 from physformer_core.training.distributed import Ranks, copy_from_first, resolve_parallel, shard
 from physformer_core.training.ema import WeightAverage
 from physformer_core.training.gradients import Gradients
-from physformer_core.training.objective import FlowObjective
+from physformer_core.training.objective import Draws, FlowObjective
 from physformer_core.training.optimizer import Optimizer, muon_dtype, schedule
 from physformer_core.training.report import Interval, RunLog, StepReport, open_log
 from physformer_core.training.samples import SampleGrid
 from physformer_core.training.watching import WorkMeter
 
 _NAMED_EXAMPLES = 8
+
+_DRAWING_THREADS = 4
+"""Threads that draw noise ahead for a GPU. It is drawn on the CPU, so that it is the same everywhere, and one thread
+draws 3 million numbers in some 20 ms: as long as a step may take."""
+
+_OF_LEVEL_0 = ("refiner_channels", "base_num_layers", "base_hidden_size", "base_num_heads", "base_patch_size")
+"""Sizes of parts that level 0 alone has, and that a run may add to the network that it starts from."""
 
 MAX_BAD_STEPS = 10
 """Steps in a row with a non-finite loss or gradient after which training stops."""
@@ -61,8 +69,8 @@ class TrainingDiverged(PhysFormerError):
 def model_arguments(config: RunConfig, shards: ShardSet) -> dict[str, Any]:
     """Arguments of the network: channels and text widths are those of the data's codec and encoder."""
     widths = {"text_dim": shards.hidden_size, "pooled_dim": shards.pooled_size}
-    # Named even where it is left out: a checkpoint that a run starts from may have one.
-    return {"refiner_channels": 0} | config.model | widths | {"in_channels": shards.field.channels}
+    # Named even where they are left out: a checkpoint that a run starts from may have them.
+    return dict.fromkeys(_OF_LEVEL_0, 0) | config.model | widths | {"in_channels": shards.field.channels}
 
 
 class Trainer:
@@ -114,6 +122,8 @@ class Trainer:
             self.dtype = resolve_dtype(train.dtype, self.device)
             self.compiled = _compiles(train.compile, self.device, self.dtype)
             self.shards = ShardSet(data_dir)
+            self.resident = why_not_resident(self.shards, self.device) is None
+            self._threads = _DRAWING_THREADS if self.device.type == "cuda" else 1
             self._check_level_zero()
             torch.manual_seed(train.seed)
             self.model = self._build_model(init_from if self.ranks.is_main or train.lora_rank else None).to(self.device)
@@ -240,11 +250,7 @@ class Trainer:
                 f"'{init_from}' holds other weights than its configuration describes: {wrong[0]}",
                 hint="copy the checkpoint again",
             )
-        if arguments["refiner_channels"] and not model.config.refiner_channels:
-            # Zero at first: training goes on from the very pictures of the checkpoint.
-            plain, given = model.state_dict(), {key: value for key, value in model.config.items() if key[0] != "_"}
-            model = PhysFormerTransformer2DModel(**given | {"refiner_channels": arguments["refiner_channels"]})
-            model.load_state_dict(model.state_dict() | plain)
+        model = _with_parts_of_level_0(model, arguments)
         self._check_model(model, arguments, init_from)
         return model
 
@@ -365,8 +371,7 @@ class Trainer:
         train = self.config.training
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64
-            for block in self.model.blocks:
-                block.compile(dynamic=False)
+            self.model.compile_repeated_blocks(dynamic=False)
         stream = BatchStream(
             self.shards,
             seed=train.seed,
@@ -375,18 +380,19 @@ class Trainer:
             crop_size=train.crop_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
+            device=self.device if self.resident else None,
         )
         interval = Interval()
         meter = None if self.matrix_peak is None else WorkMeter(self.model, train.optimizer, self.matrix_peak)
-        batches = _again(stream.batch(0)) if train.repeat_batch else stream.iterate(start_step=self.step)
+        batches = made_ahead(self._preparing(stream), self.step, ahead=2 * self._threads, threads=self._threads)
         with contextlib.closing(batches), self._log() as log:
             while self.step < train.steps and not self._stopping():
                 asked = time.perf_counter()
-                batch = next(batches)
+                batch, draws = next(batches)
                 interval.waited += time.perf_counter() - asked
                 if meter is not None:
                     interval.operations += meter.step(batch)
-                self._train_step(batch, interval)
+                self._train_step(batch, draws, interval)
                 self.step += 1
                 last = self.step == train.steps
                 validation: dict[str, float] = {}
@@ -412,11 +418,22 @@ class Trainer:
             self.save()
         return self.step == train.steps
 
-    def _train_step(self, batch: Batch, interval: Interval) -> None:
+    def _preparing(self, stream: BatchStream) -> Callable[[int], tuple[Batch, Draws]]:
+        """What makes a step's batch and draws, in whichever thread: both are functions of seed and step alone."""
         train = self.config.training
-        # Offset by one, so that training noise and validation noise (step -1) never coincide.
-        generator = torch.Generator().manual_seed(_step_seed(train.seed, self.step))
-        draws = self.objective.draw(batch, generator)
+        repeated = stream.batch(0) if train.repeat_batch else None
+
+        def prepare(step: int) -> tuple[Batch, Draws]:
+            batch = stream.batch(step) if repeated is None else repeated
+            # Offset by one, so that training noise and validation noise (step -1) never coincide.
+            generator = torch.Generator().manual_seed(_step_seed(train.seed, step))
+            draws = self.objective.draw(batch, generator)
+            return batch, draws.to(self.device) if self.device.type == "cuda" else draws
+
+        return prepare
+
+    def _train_step(self, batch: Batch, draws: Draws, interval: Interval) -> None:
+        train = self.config.training
         losses = self.gradients.compute(self.objective, batch, draws, self.optimizer)
         # A loss can overflow whose gradients do not, on one rank alone; the norm is every rank's.
         if not torch.isfinite(losses.norm) or self.ranks.any(not torch.isfinite(losses.mean)):
@@ -516,10 +533,25 @@ class Trainer:
         return self.checkpoint_dir / f"step-{self.step:08d}"
 
 
-def _again(batch: Batch) -> Generator[Batch, None, None]:
-    """One batch without end; its times and noise are drawn anew at every step."""
-    while True:
-        yield batch
+def _with_parts_of_level_0(
+    model: PhysFormerTransformer2DModel, arguments: dict[str, Any]
+) -> PhysFormerTransformer2DModel:
+    """The network with the parts of level 0 that it lacks and a run asks for; the other weights stay.
+
+    A refiner is zero at first: training goes on from the very pictures of the checkpoint. A network for level 0 begins
+    anew, its refiner with it.
+    """
+    added = {key: arguments[key] for key in _OF_LEVEL_0 if not model.config[key] and arguments[key]}
+    if not added:
+        return model
+    given = {key: value for key, value in model.config.items() if key[0] != "_"} | added
+    if "base_num_layers" in added:
+        given["refiner_channels"] = arguments["refiner_channels"]
+    kept = model.state_dict()
+    grown = PhysFormerTransformer2DModel(**given)
+    weights = grown.state_dict()
+    grown.load_state_dict(weights | {name: tensor for name, tensor in kept.items() if name in weights})
+    return grown
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ import pytest
 import torch
 
 from physformer_core.data import framing
-from physformer_core.data.loader import Batch, BatchStream, ShardSet, _KindStream
+from physformer_core.data.loader import Batch, BatchStream, ShardSet, _KindStream, _window, made_ahead
 from physformer_core.data.preprocess import PreprocessConfig, preprocess
+from physformer_core.data.resident import ResidentFields, Windows, why_not_resident
 from physformer_core.errors import ConfigError, DataError
 from physformer_core.flow.pyramid import Pyramid
 from physformer_core.text import load_text_encoder
@@ -319,3 +321,53 @@ def test_what_cannot_be_given_is_refused(shards: ShardSet, shard_folder: Path, r
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="no crops"):
         BatchStream(ShardSet(folder), **OPTIONS)
+
+
+@pytest.mark.parametrize("crop_size", [64, None])
+def test_batches_from_a_devices_memory_are_those_from_files(shards: ShardSet, crop_size: int | None) -> None:
+    options = {**OPTIONS, "crop_size": crop_size, "batch_size": 4 if crop_size else 2}
+    from_files = BatchStream(shards, **options)
+    from_memory = BatchStream(shards, **options, device=torch.device("cpu"))
+    assert {from_files.batch(step).kind for step in range(24)} == {"base", "crop"}
+    for step in range(24):
+        assert same(from_files.batch(step), from_memory.batch(step))
+
+
+def test_windows_beyond_a_field_are_mirrored_in_memory_too(shards: ShardSet) -> None:
+    groups = list(shards.groups("crop", "train"))
+    which, inside = np.arange(len(groups)), np.array([group.count - 1 for group in groups])
+    reach = np.full(len(groups), -5)
+    sides = [side for group in groups for side in group.size]
+    windows = Windows(which, inside, reach, reach, min(sides) + 8, min(sides) + 6)
+    taken = ResidentFields(groups, torch.device("cpu")).take(windows)
+    for group, row, found in zip(groups, inside, taken, strict=True):
+        wanted = _window(group.field(int(row)), -5, -5, windows.height, windows.width)
+        assert torch.equal(found, torch.from_numpy(wanted.copy()))
+
+
+def test_threads_make_ahead_in_order_and_stop() -> None:
+    made: list[int] = []
+
+    def make(number: int) -> int:
+        time.sleep(0.01 * (number % 3))
+        made.append(number)
+        return number * number
+
+    numbers = made_ahead(make, 3, ahead=6, threads=3)
+    assert list(itertools.islice(numbers, 10)) == [number * number for number in range(3, 13)]
+    numbers.close()
+    assert sorted(made) == list(range(3, 3 + len(made))) and len(made) <= 10 + 7
+
+
+def test_what_a_thread_raises_comes_out() -> None:
+    def fail(number: int) -> int:
+        raise DataError(f"no {number}")
+
+    with pytest.raises(DataError, match="no 7"):
+        next(made_ahead(fail, 7, ahead=2))
+
+
+def test_only_gpus_hold_sets_in_their_memory(shards: ShardSet) -> None:
+    assert why_not_resident(shards, torch.device("cpu")) == "the device is no GPU"
+    stored = sum(entry["bytes"] for entry in shards.manifest["shards"] if entry["split"] == "train")
+    assert shards.resident_bytes("train") == stored + shards.manifest["captions"]["bytes"]

@@ -30,7 +30,8 @@ def test_rates_are_of_all_stages() -> None:
     rates = measure_rates(photographs(128, 130), progress=lambda done, total: told.append((done, total)))
     assert (rates.pictures, rates.count) == ("pictures of 128 pixels", 130)
     assert all(getattr(rates, name) > 0 for name in ("limit", "fetched", "preprocessed", "captions", "examples"))
-    assert 0 < rates.fetched_share < 100 and 0 < rates.level0_share < rates.preprocessed_share < 100
+    # Shares are of limits that are measured at different moments: which is larger is up to what else the machine does.
+    assert all(0 < getattr(rates, name) < 100 for name in ("fetched_share", "level0_share", "preprocessed_share"))
     assert told[-1] == (1040, 1040) and told == sorted(told)
 
 

