@@ -200,7 +200,8 @@ def preprocess(
         str, typer.Option(help="pixels, or an autoencoder (folder or hub name) whose latents to store.")
     ] = "pixels",
     device: Annotated[
-        str | None, typer.Option(help="Where the autoencoder encodes: cpu, cuda or mps.", show_default="cpu")
+        str | None,
+        typer.Option(help="Where captions, and pictures for an autoencoder, are encoded.", show_default="cpu"),
     ] = None,
     validation_fraction: Annotated[float, typer.Option(help="Share of examples that is held out.")] = 0.01,
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Seed of places and levels of crops.")] = 0,

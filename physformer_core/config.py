@@ -92,7 +92,8 @@ class TrainConfig:
         dtype: Arithmetic: ``auto`` is bfloat16 where the hardware has it, float32 elsewhere; ``fp16`` scales the loss.
             Weights are float32.
         compile: Whether blocks are compiled: ``on``, ``off``, or ``auto``: where that makes steps faster, which is
-            not where kernels in C run (float32 on a CPU). In a file also false, which is off, and true, which is auto.
+            not where kernels in C (float32 on a CPU) or in Triton (CUDA) run. In a file also false, which is off, and
+            true, which is auto.
         checkpoint_every, keep_last, keep_every: Steps between checkpoints; how many of the last, and every
             how many-th step, are kept (0: only the last).
         validate_every, validation_batches: Steps between validations and batches in one.

@@ -8,6 +8,12 @@ import pytest
 # Sums depend on the number of threads, and tests compare bits between this process and others. Before torch loads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import torch
+
+if not torch.cuda.is_available():
+    # Kernels in Triton are interpreted then, in numpy. Before anything loads triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ class _Part:
     number: int
     scan: Scan
     encoder: str
+    device: str
 
     @property
     def count(self) -> int:
@@ -41,7 +42,14 @@ class _Part:
 
 
 def write_captions(
-    path: Path, scan: Scan, encoder: str, *, parts: Path, workers: int, progress: Progress | None
+    path: Path,
+    scan: Scan,
+    encoder: str,
+    *,
+    parts: Path,
+    workers: int,
+    progress: Progress | None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Encodes captions and writes them to one Arrow file: text, length, tokens and pooled (float16 bytes).
 
@@ -51,8 +59,9 @@ def write_captions(
         encoder: Text encoder, as for `text.load_text_encoder`.
         parts: Folder for finished parts. Those already there must belong to the same captions and encoder, and are
             used. The caller removes them.
-        workers: Processes.
+        workers: Processes; on another device than the CPU one is enough, and more would each fill its memory.
         progress: Is told how many captions are done, as the stage "captions".
+        device: Where the encoder runs.
 
     Returns:
         The file's entry for a manifest: name, count, hidden_size, pooled_size, bytes, sha256.
@@ -63,13 +72,14 @@ def write_captions(
     if not scan.captions:
         raise DataError("the raw set has no usable caption", hint="raise max_tokens, or look at the captions")
     tasks = [
-        _Part(parts / f"captions-{number:05d}.arrow", number, scan, encoder)
+        _Part(parts / f"captions-{number:05d}.arrow", number, scan, encoder, device)
         for number in range(-(-scan.captions // PART_ROWS))
     ]
     missing = [task for task in tasks if not task.path.is_file()]
     done = scan.captions - sum(task.count for task in missing)
     try:
-        run_tasks(_encode_part, missing, workers, progress, "captions", done, scan.captions)
+        processes = workers if device == "cpu" else 1
+        run_tasks(_encode_part, missing, processes, progress, "captions", done, scan.captions)
     finally:
         _encoder.cache_clear()
 
@@ -95,7 +105,7 @@ def write_captions(
 
 def _encode_part(task: _Part, tick: Callable[[int], None]) -> None:
     with one_thread():
-        _write_part(task, _encoder(task.encoder), tick)
+        _write_part(task, _encoder(task.encoder, task.device), tick)
 
 
 def _write_part(task: _Part, encoder: TextEncoder, tick: Callable[[int], None]) -> None:
@@ -125,8 +135,8 @@ def _write_part(task: _Part, encoder: TextEncoder, tick: Callable[[int], None]) 
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(spec: str) -> TextEncoder:
+def _encoder(spec: str, device: str) -> TextEncoder:
     """The text encoder, loaded once per process."""
     from physformer_core.text import load_text_encoder
 
-    return load_text_encoder(spec)
+    return load_text_encoder(spec, device)

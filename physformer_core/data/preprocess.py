@@ -62,23 +62,24 @@ def preprocess(
         progress: Is told how far it has come.
         workers: Processes, of one thread each. They do not change the result.
         overwrite: Replace a set that was made from something else, instead of refusing.
-        device: Where the codec's autoencoder encodes; the CPU if not given. It decides the last bits of latents.
+        device: Where the text encoder and the codec's autoencoder encode; the CPU if not given. It decides the last
+            bits of what they give.
 
     Returns:
         The manifest, with "fresh" added: False if all was there already and nothing was done.
 
     Raises:
-        ConfigError: The text encoder or codec is unknown, or a device is given that has nothing to do.
+        ConfigError: The text encoder or codec is unknown.
         CheckpointError, DeviceError: The codec cannot be read, or the device is not there.
         DataError: The raw set is missing or damaged, or `output_dir` holds another set.
         OutputError: `output_dir` cannot be written.
     """
+    from physformer_core.hardware import resolve_device
     from physformer_core.text import text_encoder_fingerprint
 
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, not {workers}")
-    if device is not None and config.codec == "pixels":
-        raise ConfigError("pixels are not encoded: a device would have nothing to do", hint="leave --device out")
+    where = resolve_device(device or "cpu")
     raw, output = Path(raw_dir), Path(output_dir)
     partial = output / PARTIAL
     source = _read_raw_manifest(raw)
@@ -98,7 +99,7 @@ def preprocess(
             scan = scan_captions(
                 raw, names, partial, encoder=config.encoder, max_tokens=config.max_tokens, progress=progress
             )
-            captions = _captions(output, scan, config, fingerprint, workers, progress)
+            captions = _captions(output, scan, config, fingerprint, workers, progress, str(where))
 
             def tell(count: int, total: int) -> None:
                 if progress is not None:
@@ -221,7 +222,13 @@ def _manifest(
 
 
 def _captions(
-    output: Path, scan: Scan, config: PreprocessConfig, fingerprint: str, workers: int, progress: Progress | None
+    output: Path,
+    scan: Scan,
+    config: PreprocessConfig,
+    fingerprint: str,
+    workers: int,
+    progress: Progress | None,
+    device: str,
 ) -> dict[str, Any]:
     """Writes captions.arrow if it is not whole yet and returns its entry in the manifest."""
     record_path = output / PARTIAL / "captions.json"
@@ -236,6 +243,7 @@ def _captions(
         parts=output / PARTIAL,
         workers=workers,
         progress=progress,
+        device=device,
     )
     record["max_tokens"] = config.max_tokens
     record["encoder"] = {"name": config.encoder, "sha256": fingerprint}

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from physformer_core.errors import ConfigError
 from physformer_core.model.flex import FLEX_TOKENS, flex_attend, flex_verified, why_no_flex
+from physformer_core.model.fused import ops as fused
 from physformer_core.model.geometry import (
     FAR,
     GEOMETRY_DIM,
@@ -325,8 +326,9 @@ class GainNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if native.takes(hidden_states, self.weight):
-            return native.rms_norm(hidden_states, self.weight, NORM_EPSILON)
+        for kernels in (native, fused):
+            if kernels.takes(hidden_states, self.weight):
+                return kernels.rms_norm(hidden_states, self.weight, NORM_EPSILON)
         return F.rms_norm(hidden_states, self.weight.shape, self.gain(hidden_states), NORM_EPSILON)
 
     def gain(self, hidden_states: Tensor) -> Tensor:
@@ -413,10 +415,11 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
         query = self.to_q(hidden_states).unflatten(-1, (self.heads, -1))
         key = self.to_k(hidden_states).unflatten(-1, (self.heads, -1))
         value = self.to_v(hidden_states).unflatten(-1, (self.heads, -1))
-        if native.takes(query):
-            gain = self.norm_q.weight * self.content_dim**-0.5
-            query = native.norm_rotate(query, gain, cos, sin, NORM_EPSILON)
-            return query, native.norm_rotate(key, self.norm_k.weight, cos, sin, NORM_EPSILON), value
+        for kernels in (native, fused):
+            if kernels.takes(query):
+                gain = self.norm_q.weight * self.content_dim**-0.5
+                query = kernels.norm_rotate(query, gain, cos, sin, NORM_EPSILON)
+                return query, kernels.norm_rotate(key, self.norm_k.weight, cos, sin, NORM_EPSILON), value
         query, key = self.norm_q(query) * self.content_dim**-0.5, self.norm_k(key)
         # CUDA's autocast norms in float32. The geometry must be split for the dtype that attention will run in.
         query, key = query.to(value.dtype), key.to(value.dtype)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from physformer_core.model.attention import NORM_EPSILON, AttentionPlan, GainNorm, PhysFormerAttention, TextKeyValue
+from physformer_core.model.fused import ops as fused
 from physformer_core.model.native import ops as native
 from physformer_core.model.updates import OPPOSED, TINY, ResidualForm, renormalized_update
 
@@ -33,6 +34,8 @@ class PhysFormerFeedForward(nn.Module):
         gate_up = self.gate_up(hidden_states)
         if native.takes(gate_up):
             return self.down(native.gated_linear(gate_up))
+        if fused.takes(gate_up):
+            return self.down(fused.gated_linear(gate_up))
         gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
@@ -88,13 +91,18 @@ class PhysFormerBlock(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def normed(self, hidden_states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """RMS norm and modulation, in the dtype of the weights."""
+        """RMS norm and modulation, in the dtype that products are computed in."""
+        dtype = self.feed_forward.down.weight.dtype
+        if fused.takes(hidden_states, scale):
+            if torch.is_autocast_enabled("cuda"):
+                dtype = torch.get_autocast_dtype("cuda")  # what the products would cast it to, each for itself
+            return fused.norm_modulate(hidden_states, scale, shift, NORM_EPSILON, dtype)
         if native.takes(hidden_states):
             normed = native.norm_modulate(hidden_states, scale, shift, NORM_EPSILON)
         else:
             normed = F.rms_norm(hidden_states, (hidden_states.shape[-1],), None, NORM_EPSILON)
             normed = normed * (1 + scale) + shift
-        return normed.to(self.feed_forward.down.weight.dtype)
+        return normed.to(dtype)
 
     def modulate(self, temb: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate of attention, then of the feed-forward: each [B, 1, dim] in float32."""
@@ -114,8 +122,10 @@ class PhysFormerBlock(nn.Module):
 
     def update(self, hidden_states: Tensor, output: Tensor, gate: Tensor) -> Tensor:
         """Applies a sublayer's output to float32 tokens [B, N, dim] through its gate [B, 1, dim]."""
-        if self.form.update is renormalized_update and native.takes(hidden_states, output):
-            return native.renormalized_update(hidden_states, output, gate, TINY, OPPOSED)
+        if self.form.update is renormalized_update:
+            for kernels in (native, fused):
+                if kernels.takes(hidden_states, output):
+                    return kernels.renormalized_update(hidden_states, output, gate, TINY, OPPOSED)
         return self.form.apply(hidden_states, gate * output, self.attn.heads)
 
     def forward(

@@ -277,6 +277,9 @@ class FieldNetwork:
         # The residual stream stays float32 whatever the weights are: norms are conserved to its precision.
         tokens = self.patch_embed(hidden_states.to(dtype), seen.to(dtype), place).float().flatten(1, 2)
         streams = (tokens,) * self.form.streams
+        if len(streams) == 2 and torch.is_grad_enabled():
+            # Not one tensor twice, for which compiled blocks would need graphs of their own.
+            streams = (tokens, tokens.clone())
         plans = self.plan(height // patch, width // patch, token_origin, tokens)
         of_blocks = [plans[index % 2] for index in range(len(self.blocks))]
         blocks = self.field_blocks()

@@ -101,7 +101,7 @@ class Muon(torch.optim.Optimizer):
         """Applies one update."""
         assert closure is None
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for param in group["params"]:
                 if param.grad is not None:
                     by_shape.setdefault(param.shape, []).append(param)
@@ -118,10 +118,10 @@ class Muon(torch.optim.Optimizer):
                 directions = orthogonalize(matrices, self.newton_schulz_steps, self.newton_schulz_dtype)
                 scale = -group["lr"] * 0.2 * math.sqrt(max(matrices.shape[1:]))
                 directions = directions.unflatten(2, shape[1:])
-                for param, direction in zip(params, directions, strict=True):
-                    if group["weight_decay"]:
-                        param.mul_(1 - group["lr"] * group["weight_decay"])
-                    param.add_(divided_like(direction, param), alpha=scale)
+                parts = [divided_like(one, param) for one, param in zip(directions, params, strict=True)]
+                if group["weight_decay"]:
+                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, parts, alpha=scale)
 
 
 _NOT_MATRICES = ("modulation", "logit", "lora_", "refiner.enter", "refiner.leave")

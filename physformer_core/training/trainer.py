@@ -24,6 +24,7 @@ from physformer_core.data.resident import why_not_resident
 from physformer_core.errors import CheckpointError, ConfigError, DeviceError, PhysFormerError
 from physformer_core.hardware import keep_freed_memory, resolve_dtype, why_no_compiler
 from physformer_core.model.attention import why_no_native
+from physformer_core.model.fused import ops as fused
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.pipeline import PhysFormerPipeline
 from physformer_core.training.adapter import adapted_model, adapter_facts, check_resumed_adapter, check_text
@@ -371,7 +372,8 @@ class Trainer:
         train = self.config.training
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64
-            self.model.compile_repeated_blocks(dynamic=False)
+            # On CUDA a few graphs of any size: they are as fast there. On CPUs those of one size are faster.
+            self.model.compile_repeated_blocks(dynamic=None if self.device.type == "cuda" else False)
         stream = BatchStream(
             self.shards,
             seed=train.seed,
@@ -565,7 +567,8 @@ def _compiles(setting: str, device: torch.device, dtype: torch.dtype) -> bool:
     Raises:
         DeviceError: They are to be, and cannot.
     """
-    if setting == "auto" and (device.type == "mps" or why_no_native(device, dtype) is None):
+    has_kernels = why_no_native(device, dtype) is None or (device.type == "cuda" and fused.why_not() is None)
+    if setting == "auto" and (device.type == "mps" or has_kernels):
         return False
     missing = why_no_compiler(device) if setting != "off" else None
     if setting == "on" and missing is not None:

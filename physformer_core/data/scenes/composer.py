@@ -43,7 +43,7 @@ ASPECTS: dict[str, float] = {
 }
 """Width : height, and how often it is drawn: mostly squares, and the shape that names of resolutions stand for."""
 
-KINDS: dict[str, float] = {"single": 0.42, "setting": 0.22, "pair": 0.22, "place": 0.07, "prompt": 0.07}
+KINDS: dict[str, float] = {"single": 0.26, "setting": 0.32, "pair": 0.30, "place": 0.06, "prompt": 0.06}
 """What a scene shows: one thing on a plain colour, one thing in a place, two things, a place alone,
 or a familiar prompt."""
 

@@ -19,7 +19,7 @@ from physformer_core.errors import DataError
 ART_UNITS = 36.0
 """Side of a Twemoji view box, in its own units."""
 
-COMMON_WEIGHT = 8.0
+COMMON_WEIGHT = 3.0
 """Sampling weight of a common concept; the others have 1."""
 
 _MASK_SIDE = 72

@@ -21,7 +21,7 @@ from physformer_core.data.examples import make_examples
 from physformer_core.data.loader import BatchStream, ShardSet
 from physformer_core.data.preprocess import PreprocessConfig, preprocess
 from physformer_core.data.shards import group_files
-from physformer_core.errors import CheckpointError, ConfigError, DataError
+from physformer_core.errors import CheckpointError, DataError, DeviceError
 from physformer_core.files import sha256_file
 from physformer_core.flow.pyramid import Pyramid
 from physformer_core.pipeline import PhysFormerPipeline
@@ -189,8 +189,8 @@ def test_a_tiny_autoencoder_will_do(raw: Path, latent_config: PreprocessConfig, 
 
 
 def test_what_cannot_be_is_refused(raw: Path, latent_config: PreprocessConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing to do"):
-        preprocess(raw, tmp_path / "a", config=dataclasses.replace(latent_config, codec="pixels"), device="cpu")
+    with pytest.raises(DeviceError, match="does not exist on this machine"):
+        preprocess(raw, tmp_path / "a", config=dataclasses.replace(latent_config, codec="pixels"), device="cuda:99")
     with pytest.raises(CheckpointError, match="cannot load codec"):
         preprocess(raw, tmp_path / "a", config=dataclasses.replace(latent_config, codec=str(tmp_path / "nothing")))
     assert not (tmp_path / "a").exists()
