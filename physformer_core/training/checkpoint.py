@@ -203,7 +203,9 @@ def weights_file(checkpoint: Path) -> Path:
 
 
 def transformer_folder(checkpoint: Path) -> Path:
-    """The transformer's folder of a checkpoint or pipeline; the path itself if it has none below it."""
+    """The transformer's folder of a checkpoint, a pipeline or a run's newest checkpoint; the path itself if it has none
+    below it."""
+    checkpoint = newest_checkpoint(checkpoint)
     return checkpoint / "transformer" if (checkpoint / "transformer").is_dir() else checkpoint
 
 

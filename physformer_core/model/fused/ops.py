@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_ROWS_ELEMENTS = 4096
+_ROWS_ELEMENTS = 2048
 """Elements of a tile: enough loads in flight, and few enough registers."""
 
 _TILES = 8

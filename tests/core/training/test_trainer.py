@@ -479,6 +479,32 @@ def test_init_from_a_checkpoint_without_a_refiner(scene_set, final, tmp_path):
         )
 
 
+def test_init_from_a_runs_folder_takes_its_newest_checkpoint(scene_set, tmp_path):
+    trainer = make(scene_set, tmp_path / "a", steps=4, checkpoint_every=2)
+    trainer.run()
+    assert len(list(trainer.checkpoint_dir.iterdir())) == 2
+    started = make(scene_set, tmp_path / "b", init_from=tmp_path / "a").model
+    newest = load_file(trainer.checkpoint_dir / "step-00000004" / WEIGHTS)
+    assert all(torch.equal(p, newest[name]) for name, p in started.named_parameters())
+
+
+def test_init_from_a_checkpoint_without_a_network_for_level_0(scene_set, final, tmp_path):
+    average = load_file(final / WEIGHTS)
+    sizes = {"base_num_layers": 1, "base_hidden_size": 32, "base_num_heads": 2, "base_patch_size": 4}
+    config = load_preset("debug").override("model", refiner_channels=4, **sizes).override("training", steps=4)
+    trainer = Trainer(config, scene_set, tmp_path / "a", device="cpu", init_from=final)
+    own = dict(trainer.model.named_parameters())
+    assert all(torch.equal(own[name], average[name]) for name in average)
+    before = {name: tensor.detach().clone() for name, tensor in own.items()}
+    trainer.run()
+    for name in ("base.blocks.0.feed_forward.down.weight", "base.refiner.leave.weight", "blocks.0.attn.to_v.weight"):
+        assert not torch.equal(own[name], before[name])
+    again = Trainer(config, scene_set, tmp_path / "b", device="cpu", init_from=tmp_path / "a")
+    assert again.model.base is not None and again.model.config.refiner_channels == 4
+    with pytest.raises(ConfigError, match="has refiner_channels 4, this run 0"):
+        make(scene_set, tmp_path / "c", init_from=tmp_path / "a")
+
+
 def test_init_from_what_does_not_fit(scene_set, final, tmp_path):
     with pytest.raises(CheckpointError, match="cannot start from"):
         make(scene_set, tmp_path, init_from=tmp_path)
