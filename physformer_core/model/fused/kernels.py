@@ -70,7 +70,9 @@ def _renormalized(h, update, tiny, opposed):
     square = tl.maximum(square, tiny)
     square_total = tl.where(still, square, square_total)
     total = tl.where(still[:, None], h, total)
-    return total, tl.sqrt(square / square_total), square, square_total, still
+    # Roots and quotients are approximate here, and a closed gate must leave every bit.
+    factor = tl.where(tl.max(tl.abs(update), 1) > 0, tl.sqrt(square / square_total), 1.0)
+    return total, factor, square, square_total, still
 
 
 @triton.jit
