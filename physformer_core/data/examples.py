@@ -92,7 +92,8 @@ def make_examples(raw: dict[str, Any], config: PreprocessConfig, factor: int = 1
     has_crops = config.crops_per_example > 0 and max_level >= min(config.levels)
     if config.base_views > 1 or has_crops:
         digest = hashlib.sha256(f"{config.seed}/{raw['key']}".encode()).digest()
-        rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
+        # The words of a whole number, lowest first, which numpy is quicker to take than the number.
+        rng = np.random.default_rng(np.frombuffer(digest[15::-1], "<u4"))
         for _ in range(1, config.base_views):
             zoom, *offset = rng.random(3).tolist()
             views.append((1 + zoom * (_MAX_ZOOM - 1), (offset[0], offset[1])))
