@@ -203,7 +203,7 @@ class EncodedBitmap:
         with _readable():
             self._image: Image.Image = Image.open(io.BytesIO(encoded))
             if self._image.format == "JPEG":
-                if _may_be_turned(self._image):
+                if may_be_turned(self._image):
                     orientation = self._image.getexif().get(_ORIENTATION, 1)
             else:  # what says which side is up may stand behind the pixels
                 self._load()
@@ -241,7 +241,7 @@ class EncodedBitmap:
 
     def _load(self) -> None:
         self._image.load()
-        if _may_be_turned(self._image):
+        if may_be_turned(self._image):
             ImageOps.exif_transpose(self._image, in_place=True)
 
 
@@ -283,7 +283,7 @@ def _plain(image: Image.Image, grey: bool) -> Image.Image:
     return image if image.mode == "RGB" or (grey and image.mode == "L") else image.convert("RGB")
 
 
-def _may_be_turned(image: Image.Image) -> bool:
+def may_be_turned(image: Image.Image) -> bool:
     """Whether there is anything that could say so. To look costs as much as to decode a small picture."""
     return not _TURNING_NOTES.isdisjoint(image.info) or hasattr(image, "tag_v2")
 
@@ -352,8 +352,13 @@ class WindowDraw:
         return max(windows, key=lambda window: _variance(overview, window)) if len(windows) > 1 else windows[0]
 
 
+def chances_of_window(candidates: int) -> int:
+    """How many numbers `draw_window` takes."""
+    return 2 + 2 * candidates
+
+
 def draw_window(
-    rng: np.random.Generator,
+    chance: Iterator[float],
     max_level: int,
     *,
     levels: tuple[int, ...],
@@ -364,7 +369,7 @@ def draw_window(
     """Draws a level and places of windows.
 
     Args:
-        rng: Always advanced by as many draws, whatever comes out.
+        chance: Numbers in [0, 1). As many are taken whatever comes out.
         max_level: The picture's. Levels beyond it are left out.
         levels, weights: Levels to draw from and their relative frequencies.
         candidates: How many windows are drawn.
@@ -373,7 +378,7 @@ def draw_window(
     Returns:
         The draw, or None if the picture has none of the levels.
     """
-    pick, lively, *places = rng.random(2 + 2 * candidates).tolist()
+    pick, lively, *places = itertools.islice(chance, chances_of_window(candidates))
     possible = _shares(max_level, levels, weights)
     if not possible:
         return None
