@@ -15,8 +15,6 @@ from pathlib import Path
 
 from physformer_core.errors import DataError, OutputError
 
-_HASH_BLOCK_BYTES = 1 << 20
-
 # Names that `next_free_name` took with an empty file and that nothing has been written to yet.
 _unfilled_claims: set[Path] = set()
 
@@ -170,14 +168,11 @@ def sha256_file(path: str | Path) -> str:
     Raises:
         DataError: The file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as stream:
-            while block := stream.read(_HASH_BLOCK_BYTES):
-                digest.update(block)
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    return digest.hexdigest()
 
 
 def output_error(path: Path, error: OSError) -> OutputError:

@@ -12,6 +12,8 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+from PIL import Image
 
 from physformer_core.native.build import Unavailable, load_library
 
@@ -33,6 +35,56 @@ class Intervals:
     taps: np.ndarray
     weights: np.ndarray
 
+    @functools.cached_property
+    def for_kernel(self) -> tuple[int, ...]:
+        """What the kernel in C takes of them, here and now. To ask for addresses takes as long as a small average."""
+        pointers = (self.first.ctypes.data, self.taps.ctypes.data, self.weights.ctypes.data)
+        return len(self.first), *pointers, self.weights.shape[1]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A picture's pixels of 8 bits in memory, row by row.
+
+    A buffer of Arrow, as it tells its address at once: an array of numpy takes as long for that as a small average.
+
+    Attributes:
+        memory: height * width * stored bytes.
+        height, width: In pixels.
+        stored: Bytes a pixel.
+        channels: So many of them count, the first; 1 or 3.
+    """
+
+    memory: pa.Buffer
+    height: int
+    width: int
+    stored: int
+    channels: int
+
+    @classmethod
+    def of_image(cls, image: Image.Image) -> Pixels:
+        """Those of a picture of the mode "L" or "RGB".
+
+        Where Pillow has them, a fourth byte beside three channels: to pack them took as long as to average them. Only
+        what does not lie in one piece there, from 16 MB up, is copied.
+        """
+        channels = 1 if image.mode == "L" else 3
+        try:
+            return cls(pa.array(image).buffers()[-1], image.height, image.width, 1 if channels == 1 else 4, channels)
+        except ValueError:
+            return cls.of_array(np.asarray(image).reshape(image.height, image.width, channels))
+
+    @classmethod
+    def of_array(cls, array: np.ndarray, channels: int | None = None) -> Pixels:
+        """Those of uint8 [height, width, stored]."""
+        height, width, stored = array.shape
+        return cls(pa.py_buffer(np.ascontiguousarray(array)), height, width, stored, channels or stored)
+
+    def array(self) -> np.ndarray:
+        """The channels: uint8 [height, width, channels], perhaps with gaps."""
+        stored = np.frombuffer(self.memory, np.uint8).reshape(self.height, self.width, self.stored)
+        return stored[:, :, : self.channels]
+
 
 # Pictures of one size are framed alike, and whole data sets are of one size: most intervals are asked for again.
 @functools.lru_cache(maxsize=256)
@@ -51,11 +103,11 @@ def intervals(start: float, step: float, count: int, limit: int) -> Intervals:
     return Intervals(first.astype(np.int32), (last - first).astype(np.int32), weights.astype(np.int32))
 
 
-def area_average(source: np.ndarray, rows: Intervals, columns: Intervals) -> np.ndarray:
+def area_average(source: Pixels, rows: Intervals, columns: Intervals) -> np.ndarray:
     """Averages over every interval of rows by every interval of columns.
 
     Args:
-        source: uint8 [height, width, channels], contiguous.
+        source: The picture.
         rows, columns: Within it.
 
     Returns:
@@ -64,27 +116,28 @@ def area_average(source: np.ndarray, rows: Intervals, columns: Intervals) -> np.
     return _in_c(source, rows, columns) if _kernel_runs() else _in_numpy(source, rows, columns)
 
 
-def _in_c(source: np.ndarray, rows: Intervals, columns: Intervals) -> np.ndarray:
-    _, width, channels = source.shape
-    out = np.empty((len(rows.first), len(columns.first), channels), np.uint8)
-    sums = np.empty(width * channels, np.uint32)
-
-    def axis(one: Intervals) -> tuple[int, ...]:
-        pointers = (one.first.ctypes.data, one.taps.ctypes.data, one.weights.ctypes.data)
-        return len(one.first), *pointers, one.weights.shape[1]
-
-    load_library().area_average(
-        source.ctypes.data, width * channels, channels, *axis(rows), *axis(columns), out.ctypes.data, sums.ctypes.data
+def _in_c(source: Pixels, rows: Intervals, columns: Intervals) -> np.ndarray:
+    out = np.empty((len(rows.first), len(columns.first), source.channels), np.uint8)
+    done = load_library().area_average(
+        source.memory.address,
+        source.width * source.stored,
+        source.stored,
+        source.channels,
+        *rows.for_kernel,
+        *columns.for_kernel,
+        pa.py_buffer(out).address,
     )
+    if not done:
+        raise MemoryError
     return out
 
 
-def _in_numpy(source: np.ndarray, rows: Intervals, columns: Intervals) -> np.ndarray:
-    height, width, channels = source.shape
+def _in_numpy(source: Pixels, rows: Intervals, columns: Intervals) -> np.ndarray:
+    height, width, channels = source.height, source.width, source.channels
     # Whole numbers below 2^24 are exact in float32, below 2^53 in float64, in whatever order they are added.
     down, across = _matrix(rows, height, np.float32), _matrix(columns, width, np.float64)
     begin, end = int(rows.first[0]), int(rows.first[-1] + rows.taps[-1])
-    bands = down[:, begin:end] @ source[begin:end].reshape(end - begin, -1).astype(np.float32)
+    bands = down[:, begin:end] @ source.array()[begin:end].reshape(end - begin, -1).astype(np.float32)
     sums = bands.astype(np.float64).reshape(-1, width, channels).transpose(0, 2, 1) @ across.T
     return np.ascontiguousarray(((sums + WHOLE**2 // 2) // WHOLE**2).astype(np.uint8).transpose(0, 2, 1))
 
@@ -103,6 +156,6 @@ def _kernel_runs() -> bool:
         load_library()
     except Unavailable:
         return False
-    source = (np.arange(13 * 17 * 3) * 193 % 256).astype(np.uint8).reshape(13, 17, 3)
-    case = source, intervals(0.4, 1.7, 7, 13), intervals(1.25, 2.6, 6, 17)
+    source = (np.arange(13 * 17 * 4) * 193 % 256).astype(np.uint8).reshape(13, 17, 4)
+    case = Pixels.of_array(source, 3), intervals(0.4, 1.7, 7, 13), intervals(1.25, 2.6, 6, 17)
     return bool(np.array_equal(_in_c(*case), _in_numpy(*case)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,13 +61,26 @@ def split_of(key: str, validation_fraction: float) -> str:
     return "validation" if share < validation_fraction else "train"
 
 
-def make_examples(raw: dict[str, Any], config: PreprocessConfig, factor: int = 1) -> Made:
+def chances(config: PreprocessConfig, key: str) -> list[float]:
+    """All that chance says of an example, in [0, 1), of the configuration's seed and the example's key alone."""
+    digest = hashlib.sha256(f"{config.seed}/{key}".encode()).digest()
+    # The words of a whole number, lowest first, which numpy is quicker to take than the number.
+    rng = np.random.default_rng(np.frombuffer(digest[15::-1], "<u4"))
+    crops = math.ceil(config.crops_per_example)
+    count = 3 * (config.base_views - 1) + 1 + crops * framing.chances_of_window(config.crop_candidates)
+    return rng.random(count).tolist()
+
+
+def make_examples(
+    raw: dict[str, Any], config: PreprocessConfig, factor: int = 1, *, chance: Sequence[float] | None = None
+) -> Made:
     """Frames a raw example and cuts crops from it.
 
     Args:
         raw: Row of a raw set.
         config: How. All draws are from its seed and the example's key.
         factor: Pixels per element of the field.
+        chance: Its `chances`, where they are known already.
 
     Raises:
         UnusablePicture: It cannot become a training example.
@@ -91,15 +105,14 @@ def make_examples(raw: dict[str, Any], config: PreprocessConfig, factor: int = 1
     draws: list[framing.WindowDraw] = []
     has_crops = config.crops_per_example > 0 and max_level >= min(config.levels)
     if config.base_views > 1 or has_crops:
-        digest = hashlib.sha256(f"{config.seed}/{raw['key']}".encode()).digest()
-        rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
+        told = iter(chances(config, raw["key"]) if chance is None else chance)
         for _ in range(1, config.base_views):
-            zoom, *offset = rng.random(3).tolist()
-            views.append((1 + zoom * (_MAX_ZOOM - 1), (offset[0], offset[1])))
-        crops = math.floor(config.crops_per_example) + (rng.random() < config.crops_per_example % 1)
+            zoom, down, across = next(told), next(told), next(told)
+            views.append((1 + zoom * (_MAX_ZOOM - 1), (down, across)))
+        crops = math.floor(config.crops_per_example) + (next(told) < config.crops_per_example % 1)
         for _ in range(crops):
             draw = framing.draw_window(
-                rng,
+                told,
                 max_level,
                 levels=config.levels,
                 weights=config.level_weights,

@@ -11,15 +11,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from physformer_core.data.averages import area_average, intervals
+from physformer_core.data.averages import Pixels, area_average, intervals
 from physformer_core.data.scenes.render import render_svg
 from physformer_core.errors import DataError
 
@@ -173,13 +174,12 @@ class FramedBitmap(FramedPicture):
             pixels = np.asarray(self._image.reduce(whole, box) if whole > 1 else self._image.crop(box))
         else:
             rows = intervals(top, step, height, self._image.height)
-            pixels = area_average(self._array, rows, intervals(left, step, width, self._image.width))
+            pixels = area_average(self._pixels, rows, intervals(left, step, width, self._image.width))
         return pixels if pixels.shape[2:] == (3,) else np.repeat(pixels.reshape(height, width, 1), 3, axis=2)
 
     @functools.cached_property
-    def _array(self) -> np.ndarray:
-        """All pixels: uint8 [height, width, channels]."""
-        return np.ascontiguousarray(self._image).reshape(self._image.height, self._image.width, -1)
+    def _pixels(self) -> Pixels:
+        return Pixels.of_image(self._image)
 
 
 class EncodedBitmap:
@@ -203,7 +203,7 @@ class EncodedBitmap:
         with _readable():
             self._image: Image.Image = Image.open(io.BytesIO(encoded))
             if self._image.format == "JPEG":
-                if _may_be_turned(self._image):
+                if may_be_turned(self._image):
                     orientation = self._image.getexif().get(_ORIENTATION, 1)
             else:  # what says which side is up may stand behind the pixels
                 self._load()
@@ -228,11 +228,12 @@ class EncodedBitmap:
         with _readable():
             if image.format == "JPEG":
                 # A turn would bring the pixel that is there in part to the front, and shift the picture.
-                shrunk = max(
-                    scale
-                    for scale in (1, 2, 4, 8)
-                    if scale <= max(1, shrink) and not (self._turned and (image.width % scale or image.height % scale))
-                )
+                if shrink >= 2:
+                    shrunk = max(
+                        scale
+                        for scale in (1, 2, 4, 8)
+                        if scale <= shrink and not (self._turned and (image.width % scale or image.height % scale))
+                    )
                 if shrunk > 1:
                     image.draft(None, (max(1, image.width // shrunk), max(1, image.height // shrunk)))
                 self._load()
@@ -240,11 +241,12 @@ class EncodedBitmap:
 
     def _load(self) -> None:
         self._image.load()
-        if _may_be_turned(self._image):
+        if may_be_turned(self._image):
             ImageOps.exif_transpose(self._image, in_place=True)
 
 
 _ORIENTATION = 0x0112
+_TURNING_NOTES = frozenset(("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"))
 # Its values that exchange height and width.
 _SIDEWAYS = (5, 6, 7, 8)
 
@@ -270,6 +272,8 @@ def open_bitmap(encoded: bytes) -> Image.Image:
 
 
 def _plain(image: Image.Image, grey: bool) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:  # nearly every one
+        return image
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -279,10 +283,9 @@ def _plain(image: Image.Image, grey: bool) -> Image.Image:
     return image if image.mode == "RGB" or (grey and image.mode == "L") else image.convert("RGB")
 
 
-def _may_be_turned(image: Image.Image) -> bool:
+def may_be_turned(image: Image.Image) -> bool:
     """Whether there is anything that could say so. To look costs as much as to decode a small picture."""
-    notes = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
-    return hasattr(image, "tag_v2") or any(note in image.info for note in notes)
+    return not _TURNING_NOTES.isdisjoint(image.info) or hasattr(image, "tag_v2")
 
 
 def reduction_to(bucket: tuple[int, int], height: int, width: int) -> float:
@@ -302,6 +305,7 @@ def finest_level(reduction: float) -> int:
     return int(math.log2(reduction) + 1e-9)
 
 
+@functools.lru_cache(maxsize=4096)
 def nearest_bucket(height: float, width: float, buckets: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """The bucket whose aspect is nearest on a logarithmic scale; the first of equals."""
     aspect = math.log(width / height)
@@ -321,12 +325,12 @@ class WindowDraw:
     Attributes:
         level: The window's level.
         lively: Whether the candidate with the largest variance of pixels is kept, instead of the first.
-        places: Where candidates lie: [candidates, 2], (y, x) in [0, 1).
+        places: Where candidates lie: (y, x) in [0, 1).
     """
 
     level: int
     lively: bool
-    places: np.ndarray
+    places: Sequence[tuple[float, float]]
 
     def choose(self, picture: FramedPicture, overview: np.ndarray, *, size: int, grid: int = 8) -> Window:
         """The window.
@@ -341,23 +345,20 @@ class WindowDraw:
         """
         full_height, full_width = picture.level_size(self.level)
         height, width = min(size, full_height), min(size, full_width)
-        windows = [
-            Window(
-                self.level,
-                grid * int(y * ((full_height - height) // grid + 1)),
-                grid * int(x * ((full_width - width) // grid + 1)),
-                height,
-                width,
-            )
-            for y, x in self.places
-        ]
-        if not self.lively or len(set(windows)) == 1:
-            return windows[0]
-        return max(windows, key=lambda window: _variance(overview, window))
+        down, across = (full_height - height) // grid + 1, (full_width - width) // grid + 1
+        # Where several candidates are compared; all are one where there is only one place.
+        places = self.places if self.lively and down * across > 1 else self.places[:1]
+        windows = [Window(self.level, grid * int(y * down), grid * int(x * across), height, width) for y, x in places]
+        return max(windows, key=lambda window: _variance(overview, window)) if len(windows) > 1 else windows[0]
+
+
+def chances_of_window(candidates: int) -> int:
+    """How many numbers `draw_window` takes."""
+    return 2 + 2 * candidates
 
 
 def draw_window(
-    rng: np.random.Generator,
+    chance: Iterator[float],
     max_level: int,
     *,
     levels: tuple[int, ...],
@@ -368,7 +369,7 @@ def draw_window(
     """Draws a level and places of windows.
 
     Args:
-        rng: Always advanced by as many draws, whatever comes out.
+        chance: Numbers in [0, 1). As many are taken whatever comes out.
         max_level: The picture's. Levels beyond it are left out.
         levels, weights: Levels to draw from and their relative frequencies.
         candidates: How many windows are drawn.
@@ -377,18 +378,24 @@ def draw_window(
     Returns:
         The draw, or None if the picture has none of the levels.
     """
-    pick, lively, places = rng.random(), rng.random() < variance_fraction, rng.random((candidates, 2))
+    pick, lively, *places = itertools.islice(chance, chances_of_window(candidates))
+    possible = _shares(max_level, levels, weights)
+    if not possible:
+        return None
+    level = next((level for level, passed in possible if pick < passed), possible[-1][0])
+    return WindowDraw(level, lively < variance_fraction, tuple(zip(places[::2], places[1::2], strict=True)))
+
+
+@functools.lru_cache(maxsize=256)
+def _shares(max_level: int, levels: tuple[int, ...], weights: tuple[float, ...]) -> tuple[tuple[int, float], ...]:
+    """The levels up to a highest one, each with what its share and those before it add up to; none if they weigh
+    nothing."""
     possible = [(level, weight) for level, weight in zip(levels, weights, strict=True) if level <= max_level]
     total = sum(weight for _, weight in possible)
     if total <= 0:
-        return None
-    level, passed = possible[-1][0], 0.0
-    for candidate, weight in possible:
-        passed += weight / total
-        if pick < passed:
-            level = candidate
-            break
-    return WindowDraw(level, bool(lively), places)
+        return ()
+    passed = itertools.accumulate(weight / total for _, weight in possible)
+    return tuple(zip((level for level, _ in possible), passed, strict=True))
 
 
 def _variance(overview: np.ndarray, window: Window) -> float:

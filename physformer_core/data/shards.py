@@ -7,6 +7,7 @@ a loader keeps all of them open at once, so there must not be too many.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import shutil
 from collections import Counter
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from physformer_core.data import framing
-from physformer_core.data.examples import Example, make_examples, split_of
+from physformer_core.data.examples import Example, chances, make_examples, split_of
 from physformer_core.data.latents import FieldSpec, encode_pictures
 from physformer_core.data.preprocess_config import PreprocessConfig
 from physformer_core.data.scan import Scan
@@ -32,6 +34,7 @@ _MAX_SHARDS = 32
 _MIN_SHARD_ROWS = 2000
 _RECORD_BATCH_ROWS = 256
 _RECORD_BATCH_BYTES = 8 << 20  # a writer holds as much, and there is one for each size
+_RAW_ROWS = 32  # so many rows of a raw file are taken at a time
 _ENCODED_PIXELS = 1 << 20  # so many pixels of pictures are encoded together
 _COLUMNS = ["key", "svg", "image", "width", "height", "class_label"]
 
@@ -160,16 +163,15 @@ def _write_part(job: _Job, tick: Callable[[int], None]) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_thread())
         writers: dict[tuple[str, int, int, str], _PartWriter] = {}
-        for position, raw in enumerate(_raw_rows(path)):
-            captions = rows[starts[position] : starts[position + 1]]
+        of_examples = (rows[first:last] for first, last in itertools.pairwise(starts.tolist()))
+        for (raw, chance), captions in zip(_raw_rows(path, job.config, tick), of_examples, strict=True):
             split = split_of(raw["key"], job.config.validation_fraction)
             try:
                 if len(captions) == 0:
                     raise framing.UnusablePicture("no usable caption")
-                made = make_examples(raw, job.config, job.field.factor)
+                made = make_examples(raw, job.config, job.field.factor, chance=chance)
             except framing.UnusablePicture as reason:
                 refused[str(reason)] += 1
-                tick(1)
                 continue
             examples[split] += 1
             sums = area.setdefault(f"{made.bucket[1]}x{made.bucket[0]}", [0, 0.0])
@@ -180,9 +182,7 @@ def _write_part(job: _Job, tick: Callable[[int], None]) -> int:
                 where = (example.kind, height, width, split)
                 if where not in writers:
                     writers[where] = _PartWriter(stack, job.folder, job.field, *where)
-                columns = {"captions": captions, "class_label": raw["class_label"], "key": raw["key"]}
-                writers[where].add(example, columns | example.columns)
-            tick(1)
+                writers[where].add(example, captions, raw["class_label"], raw["key"])
         for writer in writers.values():
             writer.finish()
     record = {
@@ -195,10 +195,20 @@ def _write_part(job: _Job, tick: Callable[[int], None]) -> int:
     return job.number
 
 
-def _raw_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _raw_rows(
+    path: Path, config: PreprocessConfig, tick: Callable[[int], None]
+) -> Iterator[tuple[dict[str, Any], list[float]]]:
+    """The rows of a raw file, and what chance says of each.
+
+    Some at a time: one by one, chance took several times as long, for its code was never in the processor's caches.
+    Those that have been worked on are ticked off.
+    """
     with pq.ParquetFile(path, pre_buffer=False) as file:
-        for batch in file.iter_batches(32, columns=_COLUMNS):
-            yield from batch.to_pylist()
+        # Threads of Arrow's would wait for one another: a worker has one.
+        for batch in file.iter_batches(_RAW_ROWS, columns=_COLUMNS, use_threads=False):
+            rows = batch.to_pylist()
+            yield from zip(rows, [chances(config, row["key"]) for row in rows], strict=True)
+            tick(len(batch))
 
 
 def _schema(kind: str, height: int, width: int, field: FieldSpec) -> pa.Schema:
@@ -241,22 +251,28 @@ class _PartWriter:
         sink = stack.enter_context(pa.OSFile(str(temporary), "wb"))
         self._writer = stack.enter_context(pa.ipc.new_file(sink, self._schema))
         self._waiting: list[tuple[Example, dict[str, Any]]] = []
-        self._rows: list[dict[str, Any]] = []
+        # Pixels go straight to where Arrow takes them from: as bytes of each row they would be copied twice more.
+        self._stored = {
+            column.name: np.empty((self._batch_rows, column.type.byte_width), np.uint8)
+            for column in self._schema
+            if pa.types.is_fixed_size_binary(column.type)
+        }
+        self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names if name not in self._stored}
+        self._count = 0
 
-    def add(self, example: Example, columns: dict[str, Any]) -> None:
+    def add(self, example: Example, captions: np.ndarray, class_label: int | None, key: str) -> None:
+        columns = {"captions": captions, "class_label": class_label, "key": key, **example.columns}
         if self._field.is_pixels:
-            self._rows.append({"pixels": example.pixels.tobytes(), **columns})
+            self._append({"pixels": example.pixels}, columns)
         else:
             self._waiting.append((example, columns))
             if len(self._waiting) == self._encoded_rows:
                 self._encode()
-        if len(self._rows) >= self._batch_rows:
-            self._flush()
 
     def finish(self) -> None:
         if self._waiting:
             self._encode()
-        if self._rows:
+        if self._count:
             self._flush()
 
     def entry(self) -> dict[str, Any]:
@@ -268,16 +284,34 @@ class _PartWriter:
         small = [example.coarse for example, _ in self._waiting if example.coarse is not None]
         coarse = encode_pictures(self._field, small) if small else ()
         for index, (_, columns) in enumerate(self._waiting):
-            row = {"latents": latents[index].tobytes(), **columns}
+            stored = {"latents": latents[index]}
             if len(coarse):
-                row["coarse"] = coarse[index].tobytes()
-            self._rows.append(row)
+                stored["coarse"] = coarse[index]
+            self._append(stored, columns)
         self._waiting.clear()
 
+    def _append(self, stored: dict[str, np.ndarray], columns: dict[str, Any]) -> None:
+        for name, element in stored.items():
+            self._stored[name][self._count] = element.reshape(-1).view(np.uint8)
+        for name, values in self._columns.items():
+            values.append(columns[name])
+        self._count += 1
+        if self._count == self._batch_rows:
+            self._flush()
+
     def _flush(self) -> None:
-        columns = [pa.array([row[field.name] for row in self._rows], field.type) for field in self._schema]
-        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._rows.clear()
+        arrays = [
+            pa.Array.from_buffers(
+                column.type, self._count, [None, pa.py_buffer(self._stored[column.name][: self._count])]
+            )
+            if column.name in self._stored
+            else pa.array(self._columns[column.name], column.type)
+            for column in self._schema
+        ]
+        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+        for values in self._columns.values():
+            values.clear()
+        self._count = 0
 
 
 # Shards

@@ -44,12 +44,12 @@ _ARGUMENTS = {
     "norm_rotate_back": (*(_P,) * 7, _L, _L, _I, _I, _I, _F, _I),
     "gated_linear": (_P, _P, _L, _I, _I),
     "gated_linear_back": (_P, _P, _P, _L, _I, _I),
-    "area_average": (_P, _L, _I, *(_I, _P, _P, _P, _I) * 2, _P, _P),
+    "area_average": (_P, _L, _I, _I, *(_I, _P, _P, _P, _I) * 2, _P),
     "window_attention": (*(_P,) * 10, _L, *(_I,) * 11),
     "window_attention_back": (*(_P,) * 18, _L, *(_I,) * 11),
     "window_scratch": (_I,) * 5,
 }
-_RESULTS = {"window_scratch": _L, "tokens_in_a_part": _I}
+_RESULTS = {"window_scratch": _L, "tokens_in_a_part": _I, "area_average": _I}
 
 
 class Unavailable(Exception):

@@ -160,19 +160,25 @@ class Reader(ABC):
         """
 
 
-def cut(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Cuts a series into parts of at most `PART_EXAMPLES` items, each ending where `PART_BYTES` are reached.
+def cut(
+    items: Iterable[Item], size: Callable[[Item], int], *, most: int | None = None, enough: int | None = None
+) -> Iterator[list[Item]]:
+    """Cuts a series into parts of so many items at most, each ending where so many bytes are reached.
 
     Args:
         items: In order.
         size: Bytes that an item will take.
+        most: Items of a part; `PART_EXAMPLES` if not given.
+        enough: Bytes of a part; `PART_BYTES` if not given.
     """
+    most = PART_EXAMPLES if most is None else most
+    enough = PART_BYTES if enough is None else enough
     part: list[Item] = []
     filled = 0
     for item in items:
         part.append(item)
         filled += size(item)
-        if len(part) >= PART_EXAMPLES or filled >= PART_BYTES:
+        if len(part) >= most or filled >= enough:
             yield part
             part, filled = [], 0
     if part:

@@ -48,6 +48,16 @@ def fingerprint(files: Iterable[tuple[str, int]], contents: Iterable[bytes] = ()
     return digest.hexdigest()
 
 
+def read_file(path: str) -> bytes:
+    """A small file's content, without the buffer that it would not fill.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with open(path, "rb", buffering=0) as stream:
+        return stream.read()
+
+
 def printable(name: str) -> str:
     """A file's name as UTF-8 text, whatever bytes it has on the disk."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

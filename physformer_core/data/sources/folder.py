@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from physformer_core.data.sources.base import PICTURE_SUFFIXES, Candidate, Origin, Part, Reader, cut
-from physformer_core.data.sources.files import fingerprint, printable
+from physformer_core.data.sources.files import fingerprint, printable, read_file
 from physformer_core.errors import ConfigError, DataError
 
 CAPTION_STYLES = ("auto", "text", "metadata", "classes")
@@ -126,18 +126,20 @@ def _survey(root: Path) -> _Survey:
 
     def count(inside: str, entries: Sequence[os.DirEntry[str]]) -> Iterator[tuple[str, int]]:
         nonlocal pictures, captioned, outside
-        texts = {_stem(entry.name) for entry in entries if entry.name.endswith(".txt")}
+        texts = {entry.name[: -len(".txt")] for entry in entries if entry.name.endswith(".txt")}
         for entry in entries:
-            yield f"{inside}{entry.name}", entry.stat().st_size
-            suffix = _suffix(entry.name)
+            name = entry.name
+            yield f"{inside}{name}", entry.stat().st_size
+            stem, suffix = os.path.splitext(name)
+            suffix = suffix[1:].lower()
             if suffix in PICTURE_SUFFIXES:
                 pictures += 1
-                captioned += _stem(entry.name) in texts
+                captioned += stem in texts
                 if inside:
                     classes[printable(inside.split("/")[0])] += 1
                 else:
                     outside += 1
-            elif suffix != "txt" and (inside or entry.name not in METADATA_FILES):
+            elif suffix != "txt" and (inside or name not in METADATA_FILES):
                 ignored[printable(suffix) or "no suffix"] += 1
 
     files = itertools.chain.from_iterable(itertools.starmap(count, _walk(root)))
@@ -193,9 +195,9 @@ class _FolderPart(Part):
     def read(self) -> Iterator[Candidate]:
         for file in self.files:
             key = printable(file)
-            path = self.root / file
+            path = os.path.join(self.root, file)
             try:
-                image = path.read_bytes()
+                image = read_file(path)
                 captions: tuple[str | bytes, ...] = self._captions(path)
             except OSError as error:
                 yield Candidate(key, key, None, problem="cannot be read", detail=error.strerror or str(error))
@@ -210,11 +212,11 @@ class _FolderPart(Part):
                 captions = (" ".join(name.replace("_", " ").replace("-", " ").split()),)
             yield Candidate(key, key, image, captions, label, _suffix(file))
 
-    def _captions(self, picture: Path) -> tuple[str | bytes, ...]:
+    def _captions(self, picture: str) -> tuple[str | bytes, ...]:
         if self.style != "text":
             return ()
         try:
-            content = picture.with_suffix(".txt").read_bytes()
+            content = read_file(f"{_stem(picture)}.txt")
         except FileNotFoundError:
             return ()
         return tuple(line for line in content.splitlines() if line.strip()) or (b"",)
@@ -287,7 +289,7 @@ class _MetadataPart(Part):
                 continue
             key = printable(row.file)
             try:
-                image = (self.root / row.file).read_bytes()
+                image = read_file(os.path.join(self.root, row.file))
             except FileNotFoundError:
                 yield Candidate(key, where, None, problem="no such file", detail=key)
                 continue

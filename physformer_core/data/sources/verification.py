@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from physformer_core.data.framing import may_be_turned
+
 MAX_PIXELS = 89_478_485
 """Pillow's own limit, a quarter of a gigabyte of RGB: above it a picture counts as a decompression bomb."""
 
@@ -157,7 +159,7 @@ def _verify(encoded: bytes, suffix: str) -> VerifiedPicture:
         if frames > 1 and kind != "MPO":
             raise Refused("animated or of several pages", f"{frames} frames")
         image.load()
-        orientation = int(image.getexif().get(_ORIENTATION, 1))
+        orientation = int(image.getexif().get(_ORIENTATION, 1)) if may_be_turned(image) else 1
     except _DECODER_FAULTS as error:
         raise Refused("damaged or cut short", _said(error)) from error
 

@@ -29,7 +29,7 @@ from physformer_core.data.set_folder import (
     sole_writer,
     write_json,
 )
-from physformer_core.data.sources.base import Candidate, Part, Reader
+from physformer_core.data.sources.base import Candidate, Part, Reader, cut
 from physformer_core.data.sources.verification import Refused, verify_captions, verify_picture
 from physformer_core.data.workers import run_stream
 from physformer_core.errors import DataError
@@ -42,6 +42,10 @@ QUARANTINE = "quarantine.jsonl"
 _HINT = "delete it and fetch again"
 _GROUP_BYTES = 16 << 20  # a reader holds a row group in memory
 _GROUP_ROWS = 256
+# Small files are read some at a time and then looked at: by turns, one work drove the other's code out of the
+# processor's caches, and both took a tenth longer.
+_READ_AHEAD = 16
+_READ_AHEAD_BYTES = 1 << 20
 
 RAW_SCHEMA = pa.schema(
     [
@@ -152,20 +156,19 @@ def _write_part(job: _Job, tick: Callable[[int], None]) -> dict[str, Any]:
     looked_at = 0
     writer = _ExamplesWriter(job.output / f"examples-{job.number:05d}.parquet")
     with writer:
-        for candidate in job.part.read():
-            looked_at += 1
-            try:
-                row, peculiar = _example(candidate)
-            except Refused as reason:
-                refused[reason.reason] += 1
-                entry = {"key": candidate.key, "reason": reason.reason, "path": candidate.path, "detail": reason.detail}
-                quarantine.append(json.dumps(entry, ensure_ascii=True))
-            else:
-                notes.update(peculiar)
-                writer.add(row)
-            if looked_at % 16 == 0:
-                tick(16)
-    tick(looked_at % 16)
+        for group in cut(job.part.read(), _picture_bytes, most=_READ_AHEAD, enough=_READ_AHEAD_BYTES):
+            for candidate in group:
+                try:
+                    row, peculiar = _example(candidate)
+                except Refused as reason:
+                    refused[reason.reason] += 1
+                    entry = {"key": candidate.key, "reason": reason.reason, "path": candidate.path}
+                    quarantine.append(json.dumps({**entry, "detail": reason.detail}, ensure_ascii=True))
+                else:
+                    notes.update(peculiar)
+                    writer.add(row)
+            looked_at += len(group)
+            tick(len(group))
     with atomic_write(_quarantine_path(job.output, job.number)) as temporary:
         temporary.write_text("".join(line + "\n" for line in quarantine), "utf-8")
     return {
@@ -176,6 +179,10 @@ def _write_part(job: _Job, tick: Callable[[int], None]) -> dict[str, Any]:
         "notes": dict(sorted(notes.items())),
         "position": job.part.position,
     }
+
+
+def _picture_bytes(candidate: Candidate) -> int:
+    return len(candidate.image or b"")
 
 
 def _example(candidate: Candidate) -> tuple[dict[str, Any], tuple[str, ...]]:

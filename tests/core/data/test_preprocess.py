@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
@@ -20,7 +21,7 @@ import pytest
 from PIL import Image
 
 from physformer_core.data import framing
-from physformer_core.data.examples import make_examples
+from physformer_core.data.examples import chances, make_examples
 from physformer_core.data.inspection import inspect_raw_set
 from physformer_core.data.preprocess import PreprocessConfig, preprocess
 from physformer_core.data.scenes import render_svg
@@ -312,14 +313,24 @@ def test_examples_of_a_jpeg_are_those_of_its_pixels(config: PreprocessConfig) ->
             assert 0 < np.abs(one.pixels.astype(int) - other.pixels).mean() < 3
 
 
+def test_chance_is_of_the_seed_and_the_key_alone() -> None:
+    """The same numbers as ever: they are what a set's bytes come from."""
+    config = PreprocessConfig(seed=3, base_views=3, crops_per_example=1.5, crop_candidates=2)
+    digest = hashlib.sha256(b"3/some key").digest()
+    told = chances(config, "some key")
+    rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
+    assert told == [rng.random() for _ in range(3 * 2 + 1 + 2 * 6)]
+    assert chances(dataclasses.replace(config, seed=4), "some key") != told != chances(config, "another key")
+
+
 def test_lively_windows_are_preferred(make_drawing: Make) -> None:
     picture = framing.FramedDrawing(make_drawing(2, 500, 500)["svg"], (500, 500), (64, 64))
     overview = picture.whole()
 
     def mean_variance(fraction: float) -> float:
-        rng = np.random.default_rng(0)
+        chance = iter(np.random.default_rng(0).random(40 * framing.chances_of_window(3)).tolist())
         options = {"levels": (3,), "weights": (1.0,), "candidates": 3, "variance_fraction": fraction}
-        draws = [framing.draw_window(rng, picture.max_level, **options) for _ in range(40)]
+        draws = [framing.draw_window(chance, picture.max_level, **options) for _ in range(40)]
         windows = [draw.choose(picture, overview, size=96) for draw in draws if draw]
         return float(np.mean([picture.pixels(window).var(axis=(0, 1)).sum() for window in windows]))
 
