@@ -245,6 +245,11 @@ class RunConfig:
             merged[table]["compile"] = "on" if values["compile"] else "off"
         return RunConfig.from_dict(merged, "options")
 
+    def of_one_network(self) -> RunConfig:
+        """The same with one network for all levels: what is compared with other networks, or grown in size."""
+        own = {key: 0 for key in self.model if key.startswith("base_")}
+        return self.override("model", **own) if own else self
+
 
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""

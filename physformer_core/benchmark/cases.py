@@ -89,7 +89,7 @@ def model_config(case: Case) -> dict[str, Any]:
     from physformer_core.model.transformer import PhysFormerTransformer2DModel
 
     if case.checkpoint is None:
-        given = load_preset(case.preset).model
+        given = load_preset(case.preset).of_one_network().model
     else:
         from physformer_core.checkpoints import find_checkpoint
 

@@ -12,8 +12,15 @@ from typing import Any
 
 import torch
 
-MATRIX_SHAPES = {"cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (8192, 512, 512)), "cuda": ((8192, 8192, 8192),)}
+MATRIX_SHAPES = {
+    "cpu": ((256, 256, 256), (1024, 1024, 1024), (2048, 2048, 2048), (8192, 512, 512)),
+    "cuda": ((8192, 8192, 8192),),
+}
 """Products [m, k] x [k, n] of which the fastest is the peak: no single shape is the best on every machine."""
+
+LONGEST_PRODUCT = 0.5
+"""Seconds. Where a smaller product says that one would take longer, it is left out: a processor without instructions
+for bfloat16 or AVX-512 has 1 GFLOP/s in it, and would be busy for minutes."""
 
 STREAM_BYTES = {"cpu": 2**27, "cuda": 2**30}
 """Length of each of the three arrays that are added: several times any cache."""
@@ -41,6 +48,8 @@ class MachinePeak:
         """
         shapes = MATRIX_SHAPES.get(self.device.type, MATRIX_SHAPES["cpu"])
         for m, k, n in shapes:
+            if self.flops and 2 * m * k * n > LONGEST_PRODUCT * self.flops:
+                continue
             one = torch.randn(m, k, device=self.device, dtype=self.dtype)
             other = torch.randn(k, n, device=self.device, dtype=self.dtype)
             out = torch.empty(m, n, device=self.device, dtype=self.dtype)

@@ -156,7 +156,8 @@ def measure_training(
     """Trains both by turns and reports what their steps took.
 
     Args:
-        config: What ours trains; ``steps`` and everything that writes are replaced.
+        config: What ours trains; ``steps`` and everything that writes are replaced, and level 0 has no network of its
+            own, as the peer has none.
         data_dir: A preprocessed set.
         preset: Its name, for the report.
         steps: Timed steps of each.
@@ -176,7 +177,7 @@ def measure_training(
         raise ConfigError("steps and warm-up steps must be at least 1")
     total = steps + warmup
     quiet = {"validate_every": total + 1, "checkpoint_every": total + 1, "sample_every": 0, "log_every": 1}
-    config = config.override("training", steps=total + 1, **quiet)
+    config = config.of_one_network().override("training", steps=total + 1, **quiet)
     with tempfile.TemporaryDirectory(prefix="physformer-bench-") as folder:
         trainer = Trainer(config, data_dir, Path(folder), device=device)
         turns = _Turns(trainer, steps=steps, warmup=warmup, on_step=on_step)

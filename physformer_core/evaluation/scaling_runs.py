@@ -84,7 +84,7 @@ def member_config(member: FamilyMember, *, preset: str, batch_size: int, seed: i
         raise ConfigError(
             f"{member.examples} examples are less than a batch of {batch_size}", hint="lower --batch-size"
         )
-    config = load_preset(preset)
+    config = load_preset(preset).of_one_network()
     model = {
         "hidden_size": member.width,
         "num_layers": member.layers,

@@ -126,3 +126,16 @@ def test_compile_is_a_word_or_a_bool() -> None:
     assert RunConfig.from_dict(old, "an old file").training.compile == "auto"
     with pytest.raises(ConfigError, match="cannot be 'always'"):
         config.override("training", compile="always")
+
+
+def test_one_network_for_all_levels():
+    nano = load_preset("nano")
+    assert nano.model["base_num_layers"] > 0
+    one = nano.of_one_network()
+    assert {key: one.model[key] for key in one.model if key.startswith("base_")} == dict.fromkeys(
+        ("base_num_layers", "base_hidden_size", "base_num_heads", "base_patch_size"), 0
+    )
+    rest = {key: value for key, value in nano.model.items() if not key.startswith("base_")}
+    assert {key: one.model[key] for key in rest} == rest and one.training == nano.training
+    plain = load_preset("debug")
+    assert plain.of_one_network() is plain

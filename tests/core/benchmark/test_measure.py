@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -95,6 +97,19 @@ def test_nothing_fits_into_nothing() -> None:
         find_batch_size(case(tokens=4096), limit_bytes=1000)
     with pytest.raises(ConfigError, match="leaves no room"):
         find_batch_size(case(), limit_bytes=0)
+
+
+def test_products_that_would_take_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def slow(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None:
+        sizes.append(one.shape[0])
+        time.sleep(0.01)  # 256 cubed in that time are 3.4 GFLOP/s: the next one would take 0.6 s
+
+    monkeypatch.setattr(torch, "mm", slow)
+    peak = MachinePeak(torch.device("cpu"), torch.float32)
+    peak.observe(0.0)
+    assert set(sizes) == {256} and 1e9 < peak.flops < 4e9
 
 
 def test_peaks_only_grow() -> None:

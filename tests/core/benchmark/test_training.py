@@ -17,7 +17,7 @@ from physformer_core.model.transformer import PhysFormerTransformer2DModel
 
 def test_peer_has_as_many_parameters_as_ours() -> None:
     with torch.device("meta"):
-        ours = PhysFormerTransformer2DModel(**load_preset("nano").model)
+        ours = PhysFormerTransformer2DModel(**load_preset("nano").of_one_network().model)
         parameters = sum(p.numel() for p in ours.parameters())
         layers = peer_layers(dict(ours.config), parameters)
         peer = sum(p.numel() for p in peer_network("dense", dict(ours.config), layers).parameters())

@@ -45,7 +45,8 @@ def train(data, folder, options, resume):
     with joined() as ranks:
         # In float16 a refiner's gradients overflow at the first scales, which are not what is looked at.
         channels = 0 if options.get("dtype") == "fp16" else 2
-        config = load_preset("debug").override("model", refiner_channels=channels).override("training", **options)
+        model = json.loads(sys.argv[2]) | {"refiner_channels": channels}
+        config = load_preset("debug").override("model", **model).override("training", **options)
         trainer = Trainer(config, Path(data), Path(folder), device="cpu", ranks=ranks)
         if ranks.is_main:
             trainer.matrix_peak = 1e12  # as the command line does, on one rank alone
@@ -92,10 +93,14 @@ for run in json.loads(sys.argv[1]):
 """
 
 
+OF_LEVEL_0 = {"base_num_layers": 1, "base_hidden_size": 32, "base_num_heads": 2, "base_patch_size": 4}
+"""A network of its own, which only some steps train, as they do the refiner."""
+
+
 def in_processes(*runs) -> tuple[list[list[int]], str]:
     """Runs one after the other; exit codes by run and rank, and what was said on standard error."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-W", "ignore", "-c", FORKED, json.dumps(runs, default=str)]
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, json.dumps(runs, default=str), json.dumps(OF_LEVEL_0)]
     ended = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return [[int(code) for code in line.split()] for line in ended.stdout.splitlines()], ended.stderr
 
@@ -120,8 +125,8 @@ def last(folder):
 
 
 def trained(data, folder, *, resume=None, **options):
-    # With a refiner, which only some steps train.
-    config = load_preset("debug").override("model", refiner_channels=2).override("training", **OPTIONS, **options)
+    model = OF_LEVEL_0 | {"refiner_channels": 2}
+    config = load_preset("debug").override("model", **model).override("training", **OPTIONS, **options)
     trainer = Trainer(config, data, folder, device="cpu")
     if resume is not None:
         trainer.resume(resume)

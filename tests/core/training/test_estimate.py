@@ -60,6 +60,29 @@ def test_the_refiner_works_at_level_0_alone():
     assert picture_flops(model, 4, 5, 16, base=True) > picture_flops(model, 4, 5, 16)
 
 
+BASE = {"base_num_layers": 3, "base_hidden_size": 48, "base_num_heads": 2, "base_patch_size": 4}
+
+
+@pytest.mark.usefixtures("without_native")
+@pytest.mark.parametrize("base", [True, False])
+def test_operations_of_a_network_for_level_0(base):
+    model = PhysFormerTransformer2DModel(**load_preset("debug").model | BASE | {"refiner_channels": 4})
+    batch, tokens, (height, width) = 2, 16, (8, 10) if base else (4, 5)
+    embeds, mask = torch.randn(batch, tokens, 384), torch.ones(batch, tokens, dtype=torch.bool)
+    field = torch.randn(batch, 3, 32, 40)
+    drop, level = torch.zeros(batch, dtype=torch.bool), torch.full((batch,), int(not base))
+    prompt = counted(lambda: model.encode_prompt(embeds, mask, torch.randn(batch, 384), drop, base=base))
+    encoded = counted.result
+    forward = counted(lambda: model(field, torch.rand(batch), encoded, level, None if base else field).sample)
+    assert prompt == batch * prompt_flops(model, tokens, base=base)
+    assert forward == batch * picture_flops(model, height, width, tokens, base=base)
+    assert prompt_flops(model, tokens) > max(prompt_flops(model, tokens, base=one) for one in (True, False))
+    # Torch counts the way back of the refiner's first convolution into the field, for which nobody asks.
+    loss = counted.result.square().mean()
+    everything = prompt + forward + counted(loss.backward)
+    assert everything == pytest.approx(batch * training_flops(model, height, width, tokens, base=base), rel=0.02)
+
+
 @pytest.mark.parametrize("backend", ["halo", NATIVE])
 def test_attention_is_linear_in_tokens(backend):
     model = PhysFormerTransformer2DModel(**load_preset("debug").model)

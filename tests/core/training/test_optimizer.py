@@ -131,6 +131,19 @@ def test_muon_takes_kernels_as_matrices():
     assert {"refiner.enter.weight", "refiner.leave.weight", "refiner.outer.modulation.weight"} < adamw.keys()
 
 
+def test_a_network_for_level_0_is_divided_like_the_other():
+    sizes = {"base_num_layers": 1, "base_hidden_size": 32, "base_num_heads": 2, "base_patch_size": 4}
+    muon, adamw = split_parameters(model(refiner_channels=4, **sizes))
+    assert {"base.blocks.0.attn.to_q.weight", "base.refiner.down.weight"} < muon.keys()
+    assert {
+        "base.blocks.0.modulation.weight",
+        "base.patch_embed.proj1.weight",
+        "base.refiner.enter.weight",
+    } < adamw.keys()
+    names = {name.removeprefix("base.") for name in muon if name.startswith("base.")}
+    assert {name for name in muon if name.startswith("blocks.0.")} <= names
+
+
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_state_goes_through_tensors(name):
     straight, stopped, resumed = model(), model(), model()
