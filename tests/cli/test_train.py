@@ -36,10 +36,10 @@ def at_step(monkeypatch):
     def arrange(step, action):
         original = trainer_module.Trainer._train_step
 
-        def watched(self, batch, interval):
+        def watched(self, *given):
             if self.step == step:
                 action()
-            original(self, batch, interval)
+            original(self, *given)
 
         monkeypatch.setattr(trainer_module.Trainer, "_train_step", watched)
 

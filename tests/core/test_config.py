@@ -24,7 +24,7 @@ def test_presets_grow():
     for name in ("debug", "nano", "s", "b", "l", "xl"):
         with torch.device("meta"):
             sizes.append(sum(p.numel() for p in PhysFormerTransformer2DModel(**load_preset(name).model).parameters()))
-    assert sizes == sorted(sizes) and 5e6 < sizes[1] < 10e6
+    assert sizes == sorted(sizes) and 15e6 < sizes[1] < 20e6  # as float16, at most 40 MB
     ladder = {"debug", "overfit", "hparam_tuning", "stability", "full_scale"}
     assert set(preset_names()) == {"nano", "s", "b", "l", "xl"} | ladder
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from physformer_core.errors import ConfigError
-from physformer_core.model import attention, transformer
+from physformer_core.model import attention, blocks
 from physformer_core.model.attention import PhysFormerAttnProcessor
 from physformer_core.model.transformer import EncodedPrompt, PhysFormerTransformer2DModel
 from physformer_core.model.updates import RESIDUALS
@@ -192,7 +192,7 @@ def test_chunks_do_not_change_the_picture(
     whole = run(model, z, prompt, backend="halo")
     monkeypatch.setattr(attention, "CHUNK_WINDOW_BYTES", 1)
     assert torch.equal(run(model, z, prompt, backend="halo"), whole)
-    monkeypatch.setattr(transformer, "FEED_FORWARD_CHUNK", 37)
+    monkeypatch.setattr(blocks, "FEED_FORWARD_CHUNK", 37)
     assert (run(model, z, prompt, backend="halo") - whole).abs().max() < 2e-5
     assert torch.equal(run(model, z, prompt, backend="halo"), run(model, z, prompt, backend="halo"))
 
@@ -306,7 +306,10 @@ def test_saved_and_loaded_it_is_the_same(
     assert dict(loaded.config) == dict(model.config) or loaded.config.hidden_size == 64
     assert not loaded.training
     z, prompt = field(7, 11), prompt_of(model)
-    assert torch.equal(run(loaded, z, prompt_of(loaded)), run(model, z, prompt))
+    stored, given = loaded.state_dict(), model.state_dict()
+    assert stored.keys() == given.keys() and all(torch.equal(stored[name], given[name]) for name in given)
+    # Not to the bit everywhere: some processors' products depend on how weights lie in memory.
+    assert torch.allclose(run(loaded, z, prompt_of(loaded)), run(model, z, prompt), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
