@@ -87,10 +87,12 @@ def gated_linear(gate_up: Tensor) -> Tensor:
     return _GatedLinear.apply(gate_up.contiguous())
 
 
-def _kernels() -> Any:
+def _run(kernel: str, grid: tuple[int, ...], *arguments: Any, **sizes: int) -> None:
+    """Runs a kernel on the device of its first tensor: Triton would take the one that is current."""
     from physformer_core.model.fused import kernels  # imports triton
 
-    return kernels
+    with torch.cuda.device_of(arguments[0]):
+        getattr(kernels, kernel)[grid](*arguments, **sizes)
 
 
 def _tile(dim: int) -> dict[str, int]:
@@ -114,7 +116,7 @@ class _NormModulate(torch.autograd.Function):
         batch, tokens, dim = h.shape
         tile, out = _tile(dim), torch.empty_like(h, dtype=dtype)
         grid = (batch, _programs(tokens, tile))
-        _kernels().norm_modulate[grid](h, scale, shift, out, tokens, epsilon, **tile)
+        _run("norm_modulate", grid, h, scale, shift, out, tokens, epsilon, **tile)
         ctx.save_for_backward(h, scale)
         ctx.epsilon, ctx.dtypes = epsilon, (scale.dtype, shift.dtype)
         return out
@@ -129,8 +131,19 @@ class _NormModulate(torch.autograd.Function):
         grid = (batch, _programs(tokens, tile, tiles))
         of_h = torch.empty_like(h)
         of_scale, of_shift = (h.new_empty(*grid, dim, dtype=torch.float32) for _ in range(2))
-        _kernels().norm_modulate_back[grid](
-            grad.contiguous(), h, scale, of_h, of_scale, of_shift, tokens, ctx.epsilon, **tile, TILES=tiles
+        _run(
+            "norm_modulate_back",
+            grid,
+            grad.contiguous(),
+            h,
+            scale,
+            of_h,
+            of_scale,
+            of_shift,
+            tokens,
+            ctx.epsilon,
+            **tile,
+            TILES=tiles,
         )
         sums = (one.sum(1, keepdim=True).to(dtype) for one, dtype in zip((of_scale, of_shift), ctx.dtypes, strict=True))
         return of_h, *sums, None, None
@@ -142,7 +155,7 @@ class _RenormalizedUpdate(torch.autograd.Function):
         batch, tokens, dim = h.shape
         tile, out = _tile(dim), torch.empty_like(h)
         grid = (batch, _programs(tokens, tile))
-        _kernels().renormalized_update[grid](h, output, gate, out, tokens, tiny, opposed, **tile)
+        _run("renormalized_update", grid, h, output, gate, out, tokens, tiny, opposed, **tile)
         ctx.save_for_backward(h, output, gate)
         ctx.limits = tiny, opposed
         return out
@@ -158,7 +171,7 @@ class _RenormalizedUpdate(torch.autograd.Function):
         of_h, of_output = torch.empty_like(h), torch.empty_like(output)
         of_gate = h.new_empty(*grid, dim)
         arguments = (grad.contiguous(), h, output, gate, of_h, of_output, of_gate, tokens, *ctx.limits)
-        _kernels().renormalized_update_back[grid](*arguments, **tile, TILES=tiles)
+        _run("renormalized_update_back", grid, *arguments, **tile, TILES=tiles)
         return of_h, of_output, of_gate.sum(1, keepdim=True).to(gate.dtype), None, None
 
 
@@ -168,7 +181,7 @@ class _NormRotate(torch.autograd.Function):
         tokens, heads, dim = content.shape[1:]
         rows, tile, out = content.shape[:3].numel(), _tile(dim), torch.empty_like(content)
         sizes = (rows, tokens, heads, 2 * cos.shape[-1], epsilon)
-        _kernels().norm_rotate[(_programs(rows, tile),)](content, gain, cos, sin, out, *sizes, **tile)
+        _run("norm_rotate", (_programs(rows, tile),), content, gain, cos, sin, out, *sizes, **tile)
         ctx.save_for_backward(content, gain, cos, sin)
         ctx.sizes = sizes
         return out
@@ -183,7 +196,7 @@ class _NormRotate(torch.autograd.Function):
         of_content = torch.empty_like(content)
         of_gain = gain.new_empty(programs, gain.shape[0], dtype=torch.float32)
         arguments = (grad.contiguous(), content, gain, cos, sin, of_content, of_gain, *ctx.sizes)
-        _kernels().norm_rotate_back[(programs,)](*arguments, **tile, TILES=tiles)
+        _run("norm_rotate_back", (programs,), *arguments, **tile, TILES=tiles)
         return of_content, of_gain.sum(0).to(gain.dtype), None, None, None
 
 
@@ -193,7 +206,7 @@ class _GatedLinear(torch.autograd.Function):
         hidden = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], hidden)
         grid = (-(-out.numel() // _BLOCK),)
-        _kernels().gated_linear[grid](gate_up, out, out.numel(), hidden, BLOCK=_BLOCK)
+        _run("gated_linear", grid, gate_up, out, out.numel(), hidden, BLOCK=_BLOCK)
         ctx.save_for_backward(gate_up)
         return out
 
@@ -204,5 +217,5 @@ class _GatedLinear(torch.autograd.Function):
         of_gate_up = torch.empty_like(gate_up)
         grid = (-(-grad.numel() // _BLOCK),)
         arguments = (grad.contiguous(), gate_up, of_gate_up, grad.numel(), gate_up.shape[-1] // 2)
-        _kernels().gated_linear_back[grid](*arguments, BLOCK=_BLOCK)
+        _run("gated_linear_back", grid, *arguments, BLOCK=_BLOCK)
         return of_gate_up
