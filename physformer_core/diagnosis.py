@@ -23,6 +23,7 @@ from physformer_core.files import cache_folder
 from physformer_core.hardware import DTYPES, has_fast_bfloat16, resolve_device, resolve_dtype, why_no_compiler
 from physformer_core.model.attention import DENSE_TOKENS, why_no_native
 from physformer_core.model.flex import FLEX_TOKENS, flex_verified, why_no_flex
+from physformer_core.model.fused import ops as fused_ops
 from physformer_core.text import text_encoder_fingerprint
 from physformer_core.version import __version__
 
@@ -131,6 +132,7 @@ def kernels(device: torch.device) -> dict[str, Any]:
     if flex_missing is None and not flex_verified(device):
         flex_missing = "its compiled kernel fails its own test on this device"
     native_missing = why_no_native(device, resolve_dtype("auto", device))
+    fused_missing = fused_ops.why_not() if device.type == "cuda" else "its kernels are for CUDA"
     if flex_missing is None:
         chosen, why = "flex", f"from {FLEX_TOKENS} tokens without gradients; halo and dense below"
     elif native_missing is None:
@@ -153,6 +155,7 @@ def kernels(device: torch.device) -> dict[str, Any]:
         "backends": {
             "flex (fused, CUDA)": (flex_missing is None, flex_missing),
             "native (in C, CPU, float32)": (native_missing is None, native_missing),
+            "fused passes (in Triton, CUDA)": (fused_missing is None, fused_missing),
             "bfloat16 in hardware": (has_fast_bfloat16(device), "it would be several times slower than float32"),
             "oneDNN": (torch.backends.mkldnn.is_available(), "this build of torch has none"),
         },

@@ -28,7 +28,7 @@ SWITCH = "PHYSFORMER_FUSED"
 
 @functools.cache
 def why_not() -> str | None:
-    """Why no kernel can run here, in a few words; None if they can."""
+    """Why no kernel can run here, in a few words; None if they can. The first call tries them, once per process."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0 switches them off"
     if importlib.util.find_spec("triton") is None:
@@ -37,7 +37,9 @@ def why_not() -> str | None:
         return "they need CUDA, and there is none here"
     if torch.cuda.get_device_capability() < (8, 0):
         return "they need compute capability 8.0 (Ampere) or later"
-    return None
+    from physformer_core.model.fused.probe import what_fails  # which runs them
+
+    return what_fails(torch.device("cuda", torch.cuda.current_device()))
 
 
 def takes(*tensors: Tensor) -> bool:

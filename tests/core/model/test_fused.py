@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from physformer_core.model.fused import ops
+from physformer_core.model.fused.probe import what_fails
 from physformer_core.model.geometry import rotate_pairs
 from physformer_core.model.transformer import EncodedPrompt, PhysFormerTransformer2DModel
 from physformer_core.model.updates import OPPOSED, TINY
@@ -124,6 +125,20 @@ def test_half_precision_in_and_out(dtype: torch.dtype) -> None:
     out = ops.gated_linear(gate_up)
     out.float().square().sum().backward()
     assert out.dtype == dtype and gate_up.grad is not None and gate_up.grad.isfinite().all()
+
+
+def test_each_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert what_fails(DEVICE) is None
+    right = ops.norm_rotate
+    monkeypatch.setattr(ops, "norm_rotate", lambda *given: 1.001 * right(*given))
+    assert what_fails(DEVICE) == "norm_rotate differs from what it should be"
+
+    def broken(*given: object) -> Tensor:
+        raise RuntimeError("no such instruction\nat 0x0")
+
+    monkeypatch.setattr(ops, "gated_linear", broken)
+    monkeypatch.setattr(ops, "norm_rotate", right)
+    assert what_fails(DEVICE) == "gated_linear cannot run: no such instruction"
 
 
 def test_they_run_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
