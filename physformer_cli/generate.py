@@ -225,7 +225,8 @@ def _draw_all(plan: Plan, options: Options, run: RunRecorder) -> None:
     from physformer_core.model.attention import kernels_missed
 
     if not options.quiet and (reason := kernels_missed(plan.device, plan.dtype)) is not None:
-        console.warn(f"kernels in C do not run, so this takes up to twice as long: {reason}")
+        kind = "Triton" if plan.device.type == "cuda" else "C"
+        console.warn(f"kernels in {kind} do not run, so this takes up to twice as long: {reason}")
     written: list[dict[str, Any]] = []
     started = time.monotonic()
     try:

@@ -364,7 +364,8 @@ def _announce(trainer: Trainer, data: Path) -> None:
         + ("" if trainer.ranks.alone else f", {trainer.ranks.world_size} processes ({trainer.parallel})")
     )
     if (reason := kernels_missed(trainer.device, trainer.dtype)) is not None:
-        console.warn(f"kernels in C do not run, so large fields train several times slower: {reason}")
+        kind = "Triton" if trainer.device.type == "cuda" else "C"
+        console.warn(f"kernels in {kind} do not run, so training is several times slower: {reason}")
     if trainer.dtype == torch.bfloat16 and not has_fast_bfloat16(trainer.device):
         console.warn(f"bf16 is slower than fp32 here: {trainer.device} has no hardware for it")
     if trainer.dtype == torch.float16 and trainer.device.type == "cpu":

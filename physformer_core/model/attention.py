@@ -141,7 +141,10 @@ def why_no_native(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def kernels_missed(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``native`` does not run where it is made for, in a few words; None if it does, or nobody expects it to."""
+    """Why kernels (in C on a CPU, in Triton on CUDA) do not run where they are made for, in a few words; None if they
+    do, or nobody expects them to."""
+    if device.type == "cuda":
+        return None if fused.switched_off() else fused.why_not()
     made_for = device.type == "cpu" and dtype == torch.float32
     return native.why_not() if made_for and not switched_off() else None
 

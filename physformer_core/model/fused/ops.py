@@ -26,10 +26,15 @@ SWITCH = "PHYSFORMER_FUSED"
 """Set to 0, it leaves everything to PyTorch."""
 
 
+def switched_off() -> bool:
+    """Whether the user wants none of them."""
+    return os.environ.get(SWITCH) == "0"
+
+
 @functools.cache
 def why_not() -> str | None:
     """Why no kernel can run here, in a few words; None if they can. The first call tries them, once per process."""
-    if os.environ.get(SWITCH) == "0":
+    if switched_off():
         return f"{SWITCH}=0 switches them off"
     if importlib.util.find_spec("triton") is None:
         return "the package triton, which compiles them, is not installed"
