@@ -326,7 +326,8 @@ def prompts(
             task = add("prompts", len(cases), unit="prompts")
             pictures = draw_requests(found, drawn.pipeline, requests)
             sides = [drawn.pipeline.patch_side(size) for size in reversed(drawn.pipeline.level_sizes(height, width))]
-            periods = [round(side) for side in sides if abs(side - round(side)) < 1e-6]  # others blur over frequencies
+            # Others blur over frequencies; two levels may have patches of one side.
+            periods = list(dict.fromkeys(round(side) for side in sides if abs(side - round(side)) < 1e-6))
             spectra = GradientSpectrum(periods), GradientSpectrum(periods)
 
             def watch(*both: np.ndarray) -> None:

@@ -55,3 +55,12 @@ def test_sky_is_above_grass(pipeline: PhysFormerPipeline) -> None:
         above, below = picture[:12].mean((0, 1)), picture[-12:].mean((0, 1))
         assert above.argmax() == 2, "the sky is blue, by day and by night"
         assert below.argmax() == 1, "the grass is green"
+
+
+def test_work_and_seams_count_the_patches_of_each_level(pipeline: PhysFormerPipeline) -> None:
+    from physformer_core.batching import PictureRequest, Planner
+
+    levels = Planner(find_checkpoint(None)).levels(PictureRequest("a cat", 0, 0, 1280, 720))
+    assert [level.tokens for level in levels[:2]] == [6 * 10, 6 * 10]  # 24x40 by patches of 4, 48x80 by those of 8
+    first, second = pipeline.level_sizes(720, 1280)[:2]
+    assert [pipeline.patch_side(size) for size in (first, second)] == pytest.approx([4 * 32, 8 * 16])

@@ -12,7 +12,7 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -166,8 +166,6 @@ class BatchStream:
         split: "train" or "validation".
         rank, world_size: Which part of each batch this process gets; where the ranks do not divide it, parts differ
             by one example. All ranks get the same kind and size at a step.
-        start_step: Where iteration begins.
-        prefetch: Batches that a thread makes ahead while iterating; 0 makes them when asked.
         device: Take what is needed of the set into this device's memory, once, and make batches there; without one they
             are read from files, one by one, and made on the CPU. The last bit of a number may differ.
 
@@ -187,12 +185,10 @@ class BatchStream:
         split: str = "train",
         rank: int = 0,
         world_size: int = 1,
-        start_step: int = 0,
-        prefetch: int = 2,
         device: torch.device | None = None,
     ) -> None:
-        if batch_size < 1 or seed < 0 or start_step < 0 or prefetch < 0:
-            raise ConfigError("batch_size must be at least 1; seed, start_step and prefetch at least 0")
+        if batch_size < 1 or seed < 0:
+            raise ConfigError("batch_size must be at least 1 and seed at least 0")
         if not 0 <= crop_fraction <= 1:
             raise ConfigError(f"crop_fraction must be from 0 to 1, not {crop_fraction}")
         if not 0 <= rank < world_size:
@@ -206,13 +202,11 @@ class BatchStream:
             raise ConfigError(f'split must be "train" or "validation", not {split!r}')
         self.shards = shards
         self.batch_size = batch_size
-        self.start_step = start_step
         self._seed = seed
         self._crop_fraction = crop_fraction
         self._crop_size = crop_size
         self._split = split
         self._rank, self._world_size = rank, world_size
-        self._prefetch = prefetch
         self._device = device
         self._lock = threading.Lock()
         self._resident: dict[tuple[str, tuple[int, int], bool], ResidentFields] = {}
@@ -246,13 +240,6 @@ class BatchStream:
         first, last = (self.batch_size * rank // self._world_size for rank in (self._rank, self._rank + 1))
         mine = slice(first, last)
         return self._gather(kind, step, merged[bucket], rows[mine], draws[mine], first)
-
-    def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches from a step on, without end; a thread makes the next ones meanwhile."""
-        return made_ahead(self.batch, start_step, ahead=self._prefetch)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.iterate(self.start_step)
 
     def _merge(self, kind: str, groups: tuple[Group, ...]) -> list[list[Group]]:
         """Groups that can share a batch: those of one size, and all crops when windows of one size are taken."""
@@ -376,12 +363,9 @@ def made_ahead(
     Args:
         make: May be called by several threads at once, if there are.
         first: Its first argument.
-        ahead: How many are made before they are asked for; 0 makes them when asked.
+        ahead: How many are made before they are asked for, at least 1.
         threads: How many make them.
     """
-    if ahead == 0:
-        for number in itertools.count(first):
-            yield make(number)
     with ThreadPoolExecutor(threads, thread_name_prefix="batches") as executor:
         waiting = deque(executor.submit(make, first + i) for i in range(ahead))
         try:

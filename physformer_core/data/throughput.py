@@ -61,7 +61,7 @@ class Rates:
         level0_share: `preprocessed` over `limit`, in processor time: crops are then counted as overhead.
         captions: Captions encoded a second.
         examples: Examples that the loader serves a second, in batches of 128, a quarter of them crops if there are
-            any; its prefetching thread is off.
+            any; nothing is made ahead.
     """
 
     pictures: str
@@ -319,7 +319,7 @@ def _prepare(subject: Subject, folder: Path) -> None:
 def _served(shards: ShardSet) -> float:
     """Examples that the loader makes a second."""
     crops = 0.25 if shards.count("crop") else 0.0
-    stream = BatchStream(shards, seed=0, batch_size=_BATCH, crop_fraction=crops, prefetch=0)
+    stream = BatchStream(shards, seed=0, batch_size=_BATCH, crop_fraction=crops)
     stream.batch(0), stream.batch(3)
     started = time.perf_counter()
     for step in range(_BATCHES):

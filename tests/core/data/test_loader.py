@@ -51,14 +51,13 @@ def test_a_batch_depends_on_seed_and_step_alone(shards: ShardSet, shard_folder: 
     assert not all(torch.equal(other.batch(s).indices, batches[s].indices) for s in range(30))
 
 
-def test_iteration_gives_the_batches_by_step(shards: ShardSet) -> None:
-    stream = BatchStream(shards, **OPTIONS, start_step=7)
-    lazy = BatchStream(shards, **OPTIONS, start_step=7, prefetch=0)
+def test_batches_made_ahead_are_the_batches_by_step(shards: ShardSet) -> None:
+    stream = BatchStream(shards, **OPTIONS)
     expected = [stream.batch(step) for step in range(7, 12)]
-    for iterated in (stream, lazy):
-        for batch, wanted in zip(itertools.islice(iterated, 5), expected, strict=True):
-            assert same(batch, wanted)
-    assert same(next(stream.iterate(9)), expected[2])
+    made = made_ahead(stream.batch, 7, ahead=4, threads=2)
+    for batch, wanted in zip(itertools.islice(made, 5), expected, strict=True):
+        assert same(batch, wanted)
+    made.close()
 
 
 def test_shapes_and_ranges(shards: ShardSet) -> None:
@@ -249,7 +248,8 @@ def test_no_example_is_lost_or_repeated_when_ranks_change(shards: ShardSet, shar
     for number, world in enumerate(worlds):
         first, last = steps * number // len(worlds), steps * (number + 1) // len(worlds)
         resumed = ShardSet(shard_folder)
-        ranks = [BatchStream(resumed, **options, rank=rank, world_size=world).iterate(first) for rank in range(world)]
+        streams = [BatchStream(resumed, **options, rank=rank, world_size=world) for rank in range(world)]
+        ranks = [made_ahead(stream.batch, first, ahead=2) for stream in streams]
         for step in range(first, last):
             parts = [next(rank) for rank in ranks]
             together = torch.cat([part.indices for part in parts])
