@@ -259,6 +259,12 @@ def train(
     compile: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Whether ours is compiled.", show_default="preset")
     ] = None,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs", help="Whether ours records its steps on a GPU.", show_default="preset"
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     baseline: BaselineOption = None,
     max_regression: RegressionOption = None,
@@ -277,7 +283,13 @@ def train(
 
       physformer bench train --data-dir data/nano --steps 40 --json
     """
-    options = {"batch_size": batch_size, "crop_size": crop_size, "dtype": dtype, "compile": compile}
+    options = {
+        "batch_size": batch_size,
+        "crop_size": crop_size,
+        "dtype": dtype,
+        "compile": compile,
+        "cuda_graphs": cuda_graphs,
+    }
     config = {"preset": preset, "data_dir": data_dir, "steps": steps, "warmup": warmup, "device": device, **options}
     with bench_show.session(
         "bench train", config, plot=None, baseline=baseline, limit=max_regression, no_record=no_record

@@ -187,10 +187,12 @@ def _show_training(report: Mapping[str, Any]) -> None:
             f"{one['seconds']:.3f} s",
             ", ".join(f"{names[kind]} {seconds:.3f} s" for kind, seconds in one["seconds_by_kind"].items()),
             f"{one['images_per_second']:.1f}",
+            *(() if one["peak_bytes"] is None else (console.human_size(one["peak_bytes"]),)),
         ]
         for name, one in (("physformer", report["ours"]), ("plain, dense", report["peer"]))
     ]
-    console.print_table(("trainer", "parameters", "step", "of which", "images/s"), rows)
+    columns = ("trainer", "parameters", "step", "of which", "images/s", "memory")
+    console.print_table(columns[: len(rows[0])], rows)
     ours = report["ours"]
     tokens = [f"{names[kind]} {seen['picture']:.0f} + {seen['prompt']:.0f}" for kind, seen in report["tokens"].items()]
     ratios = ", ".join(f"{names[kind]} {ratio:.2f}x" for kind, ratio in report["ratio_by_kind"].items())

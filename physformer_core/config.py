@@ -66,6 +66,10 @@ class FlowConfig:
         self.densities()
 
 
+_SWITCHES = ("compile", "cuda_graphs")
+"""Keys of `TrainConfig` that are on, off, or auto."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How a run trains.
@@ -94,6 +98,8 @@ class TrainConfig:
         compile: Whether blocks are compiled: ``on``, ``off``, or ``auto``: where that makes steps faster, which is
             not where kernels in C (float32 on a CPU) or in Triton (CUDA) run. In a file also false, which is off, and
             true, which is auto.
+        cuda_graphs: Whether forward and backward passes are recorded as CUDA graphs and replayed, so that a GPU does
+            not wait for Python between a small network's operations: ``on``, ``off``, or ``auto``: where they can be.
         checkpoint_every, keep_last, keep_every: Steps between checkpoints; how many of the last, and every
             how many-th step, are kept (0: only the last).
         validate_every, validation_batches: Steps between validations and batches in one.
@@ -127,6 +133,7 @@ class TrainConfig:
     ema_decay: float = 0.999
     dtype: str = "auto"
     compile: str = "auto"
+    cuda_graphs: str = "auto"
     checkpoint_every: int = 500
     keep_last: int = 2
     keep_every: int = 0
@@ -180,8 +187,9 @@ class TrainConfig:
             raise ConfigError(f"unknown optimizer '{self.optimizer}'", hint="muon or adamw")
         if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
             raise ConfigError(f"unknown dtype '{self.dtype}'", hint="auto, fp32, bf16 or fp16")
-        if self.compile not in ("auto", "on", "off"):
-            raise ConfigError(f"compile cannot be '{self.compile}'", hint="auto, on or off")
+        for name in _SWITCHES:
+            if getattr(self, name) not in ("auto", "on", "off"):
+                raise ConfigError(f"{name} cannot be '{getattr(self, name)}'", hint="auto, on or off")
         if self.parallel not in ("auto", "ddp", "fsdp"):
             raise ConfigError(f"unknown way to be parallel '{self.parallel}'", hint="auto, ddp or fsdp")
         if self.accumulate > self.batch_size:
@@ -231,18 +239,20 @@ class RunConfig:
         _check_keys(model, allowed, f"{source}: [model]")
         flow = dict(values.get("flow", {}))
         training = dict(values.get("training", {}))
-        if isinstance(training.get("compile"), bool):
-            training["compile"] = "auto" if training["compile"] else "off"  # true was once the default
+        for key in _SWITCHES:
+            if isinstance(training.get(key), bool):
+                training[key] = "auto" if training[key] else "off"  # true was once the default of compile
         _check_keys(flow, _defaults(FlowConfig), f"{source}: [flow]")
         _check_keys(training, _defaults(TrainConfig), f"{source}: [training]")
         return cls(model=model, flow=FlowConfig(**flow), training=TrainConfig(**training))
 
     def override(self, table: str, **values: Any) -> RunConfig:
-        """A copy with some keys of one table replaced; None leaves a key as it is, ``compile`` may be a bool."""
+        """A copy with some keys of one table replaced; None leaves a key as it is, `_SWITCHES` may be bools."""
         merged = self.to_dict()
         merged[table].update({key: value for key, value in values.items() if value is not None})
-        if table == "training" and isinstance(values.get("compile"), bool):
-            merged[table]["compile"] = "on" if values["compile"] else "off"
+        for key in _SWITCHES if table == "training" else ():
+            if isinstance(values.get(key), bool):
+                merged[table][key] = "on" if values[key] else "off"
         return RunConfig.from_dict(merged, "options")
 
     def of_one_network(self) -> RunConfig:

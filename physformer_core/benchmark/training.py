@@ -25,6 +25,7 @@ from torch import nn
 from physformer_core.benchmark.machine import MachinePeak, machine_facts, wait_for
 from physformer_core.benchmark.networks import evaluate_peer, peer_network
 from physformer_core.benchmark.report import FORMAT, peak_facts
+from physformer_core.benchmark.shared_memory import SharedMemory
 from physformer_core.config import RunConfig
 from physformer_core.data.loader import Batch, BatchStream
 from physformer_core.errors import ConfigError
@@ -167,7 +168,8 @@ def measure_training(
 
     Returns:
         The report of ``bench train``. ``ratio`` is images a second of ours over the peer's, ``ratio_by_kind`` the same
-        for each kind of batch; ``tokens`` says of each how many of the picture and of the prompt both saw.
+        for each kind of batch; ``tokens`` says of each how many of the picture and of the prompt both saw. On CUDA
+        ``peak_bytes`` is the most of its memory that each had, weights and optimizer included; elsewhere it is None.
 
     Raises:
         ConfigError: Fewer than one step is to be timed.
@@ -206,7 +208,10 @@ class _Turns:
         self._peer_layers = peer_layers(arguments, self._parameters)
         network = peer_network("dense", arguments, self._peer_layers)
         self._peer_parameters = sum(p.numel() for p in network.parameters())
+        self._memory = SharedMemory(trainer.device, "ours")
+        self._memory.turn("peer")
         self._peer = PlainTrainer(network, trainer.device, trainer.dtype, train.lr)
+        self._memory.turn("neither")
         self._peak = MachinePeak(trainer.device, trainer.dtype)
         self._peak.observe()
         self._meter = WorkMeter(trainer.model, train.optimizer, self._peak.flops)
@@ -214,6 +219,7 @@ class _Turns:
         self._flops: list[int] = []
         self._tokens: dict[str, list[tuple[int, int]]] = {}
         self._peer_done = 0
+        self._memory.turn("ours")
         self._resumed = time.perf_counter()
 
     def after_report(self, report: StepReport) -> None:
@@ -236,9 +242,12 @@ class _Turns:
         if done == self._warmup + self._steps:
             self._trainer.request_stop()
         if done % _BLOCK == 0 or done == self._warmup or done == self._warmup + self._steps:
+            self._memory.turn("peer")
             while self._peer_done < done:
                 self._peer_step()
+            self._memory.turn("neither")
             self._peak.observe(0.05)
+            self._memory.turn("ours")
         self._resumed = time.perf_counter()
 
     def _peer_step(self) -> None:
@@ -265,6 +274,7 @@ class _Turns:
             "steps": self._steps,
             "dtype": dtype,
             "compiled": trainer.compiled,
+            "recorded": trainer.recorded,
             "tokens": {
                 kind: dict(zip(("picture", "prompt"), map(statistics.mean, zip(*seen, strict=True)), strict=True))
                 for kind, seen in sorted(self._tokens.items())
@@ -278,12 +288,14 @@ class _Turns:
                 "wait_share": self._ours.waited / self._ours.total,
                 "flops": flops,
                 "matrix_share": flops / ours / self._peak.flops,
+                "peak_bytes": self._memory.peak("ours", graphs=trainer.recorded),
             },
             "peer": {
                 "parameters": self._peer_parameters,
                 "seconds": theirs,
                 "seconds_by_kind": self._theirs.by_kind,
                 "images_per_second": batch / theirs,
+                "peak_bytes": self._memory.peak("peer"),
             },
             "ratio": theirs / ours,
             "ratio_by_kind": {

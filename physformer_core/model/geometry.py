@@ -155,7 +155,9 @@ def key_geometry(coordinates_nc: Tensor, dtype: torch.dtype, valid_n: Tensor | N
 
 def far_key(device: torch.device) -> Tensor:
     """Key geometry [GEOMETRY_DIM] of a place nobody can read from."""
-    return torch.tensor([0.0, 0, 0, 0, -FAR, 0, 0, 0], device=device)
+    far = torch.zeros(GEOMETRY_DIM, device=device)  # made there: a copy from the CPU could not be in a CUDA graph
+    far[4:5].fill_(-FAR)
+    return far
 
 
 def kernel_logits(query_nc: Tensor, key_mc: Tensor, drift_hc: Tensor, sigma_h: Tensor) -> Tensor:
@@ -200,7 +202,7 @@ def rotary_angles(height: int, width: int, origin: tuple[int, int], dim: int, de
     """
     pairs = dim // 4
     exponent = torch.arange(pairs, device=device, dtype=torch.float32) / max(pairs - 1, 1)
-    frequency = (math.pi / 2) * torch.pow(torch.tensor(1 / 16, device=device), exponent)
+    frequency = (math.pi / 2) * torch.pow(torch.full((), 1 / 16, device=device), exponent)
     y = (torch.arange(height, device=device, dtype=torch.float32) + origin[0])[:, None] * frequency
     x = (torch.arange(width, device=device, dtype=torch.float32) + origin[1])[:, None] * frequency
     return torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], dim=-1)

@@ -7,6 +7,7 @@ The loss of a step is the mean over its global batch. However that is divided (o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.training.distributed import Ranks, whole
 from physformer_core.training.objective import Draws, FlowObjective, Losses
 from physformer_core.training.optimizer import Optimizer
+from physformer_core.training.recorded import RecordedPasses
 
 
 class _LossModule(nn.Module):
@@ -45,6 +47,7 @@ class Gradients:
         ranks: This process among the others.
         accumulate: Parts that each rank divides its share of a batch into.
         clip: Largest gradient norm.
+        recorded: Whether passes are recorded as CUDA graphs and replayed; see `why_not_recorded` for where they can be.
 
     Raises:
         ConfigError: float16 on a device whose loss cannot be scaled.
@@ -60,6 +63,7 @@ class Gradients:
         ranks: Ranks,
         accumulate: int,
         clip: float,
+        recorded: bool = False,
     ) -> None:
         if dtype == torch.float16 and device.type not in ("cuda", "cpu"):
             raise ConfigError(f"training in fp16 needs loss scaling, which {device.type} has not", hint="--dtype fp32")
@@ -72,6 +76,7 @@ class Gradients:
                 self._module, gradient_as_bucket_view=True, find_unused_parameters=_has_idle_parts(model)
             )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self._run = RecordedPasses(self._pass, model) if recorded else self._pass
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """In which the network computes; its weights stay float32."""
@@ -104,18 +109,25 @@ class Gradients:
         parts = batch.parts(self._accumulate)
         done = []
         for number, part in enumerate(parts):
-            with self._exchanging(last=number == len(parts) - 1), self.autocast():
-                module = self._copied if self._copied is not None else self._module
-                losses = module(objective, part.to(self._device), draws)
-                # The ranks' gradients are averaged.
-                share = part.count / part.total * self._ranks.world_size
-                self.scaler.scale(losses.mean * share).backward()
+            with self._exchanging(last=number == len(parts) - 1):
+                own = draws.part(part.first, part.count, self._device)
+                losses = self._run(objective, dataclasses.replace(part.to(self._device), first=0), own)
             done.append((part, losses))
         for optimizer_part, _ in optimizer.parts:
             self.scaler.unscale_(optimizer_part)
         norm = whole(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip))
         self.scaler.update()
         return StepLosses(done, norm)
+
+    def _pass(self, objective: FlowObjective, batch: Batch, draws: Draws) -> Losses:
+        """Forward and backward of a part that begins its draws; gradients are added to those that are there."""
+        module = self._copied if self._copied is not None else self._module
+        with self.autocast():
+            losses: Losses = module(objective, batch, draws)
+            # The ranks' gradients are averaged.
+            share = batch.count / batch.total * self._ranks.world_size
+            self.scaler.scale(losses.mean * share).backward()
+        return dataclasses.replace(losses, mean=losses.mean.detach())
 
     def _exchanging(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Lets the ranks exchange gradients after the last part alone."""
@@ -148,7 +160,7 @@ class StepLosses:
 
     def __init__(self, parts: list[tuple[Batch, Losses]], norm: Tensor) -> None:
         self.norm = norm.detach()
-        means = [losses.mean.detach() * (batch.count / batch.total) for batch, losses in parts]
+        means = [losses.mean * (batch.count / batch.total) for batch, losses in parts]
         self.mean = torch.stack(means).sum()
         self.per_example = torch.cat([losses.per_example for _, losses in parts])
         self.time = torch.cat([losses.time for _, losses in parts])
