@@ -20,7 +20,9 @@ def main() -> None:
     parser.add_argument("--size", default="448x256", help="WIDTHxHEIGHT")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... for each prompt")
     parser.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE)
+    parser.add_argument("--steps", help="N, or N,N,... for levels 0, 1, ...")
     options = parser.parse_args()
+    steps = None if options.steps is None else [int(number) for number in options.steps.split(",")]
     width, height = map(int, options.size.split("x"))
 
     device = resolve_device("auto")
@@ -28,7 +30,9 @@ def main() -> None:
     exhibits = []
     for prompt in FAMILIAR_PROMPTS:
         for seed in range(options.seeds):
-            drawn = pipeline(prompt, height=height, width=width, seeds=seed, guidance=options.guidance)
+            drawn = pipeline(
+                prompt, height=height, width=width, seeds=seed, guidance=options.guidance, num_inference_steps=steps
+            )
             exhibits.append(Exhibit(drawn.images[0], prompt, f"seed {seed}"))
     write_sheet(draw_sheet(exhibits, columns=options.seeds, size=max(width, height)), options.output)
 

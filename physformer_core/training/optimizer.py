@@ -183,8 +183,8 @@ class Optimizer:
             {"params": others, "weight_decay": 0.0},
         ]
         self.names: dict[Tensor, str] = {param: key for key, param in model.named_parameters()}
-        # In one pass over memory. Elsewhere torch chooses: on CUDA it would keep its count of steps there.
-        fused = all(param.device.type == "cpu" for param in adamw.values()) or None
+        # In one pass over memory, and on CUDA in a few kernels. Elsewhere torch chooses.
+        fused = all(param.device.type in ("cpu", "cuda") for param in adamw.values()) or None
         groups = [group for group in groups if group["params"]]
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [
             (torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-10, fused=fused), lr)
@@ -226,8 +226,10 @@ class Optimizer:
         for key, value in tensors:
             name, _, field = key.partition("|")
             part, param = places[name]
-            # AdamW keeps its step count on the CPU whatever the parameter's device.
-            part.state[param][field] = (value if field == "step" else divided_like(value, param)).clone()
+            # AdamW keeps its step count on the CPU, but for the fused form, which has it where the parameter is.
+            fused = any(group.get("fused") for group in part.param_groups)
+            count = value.to(param.device if fused else "cpu") if field == "step" else None
+            part.state[param][field] = (divided_like(value, param) if count is None else count).clone()
 
 
 def schedule(step: int, total: int, *, warmup_fraction: float, start: float = 0.1, end: float = 0.1) -> float:

@@ -51,6 +51,8 @@ def test_both_do_their_steps(scene_set: Path) -> None:
     assert report["ratio_by_kind"] == pytest.approx(kinds)
     areas = [group.size[0] * group.size[1] // 64 for group in ShardSet(scene_set).groups("base", "train")]
     assert min(areas) <= report["tokens"]["base"]["picture"] <= max(areas)
+    assert ours["peak_bytes"] is None and peer["peak_bytes"] is None  # one process, one heap
+    assert report["recorded"] is False
     assert report["tokens"]["crop"]["picture"] == (config.training.crop_size // 8) ** 2
     assert report["dtype"] == "fp32" and not report["compiled"] and report["what"] == "train"
 
