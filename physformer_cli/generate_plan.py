@@ -138,12 +138,16 @@ def check_combinations(options: Options) -> None:
             hint="its steps follow the picture, so pictures are drawn one by one",
         )
     if options.guidance == 1:
+        from physformer_core.flow import DEFAULT_GUIDANCE
+
         for name, value in (
             ("--negative-prompt", options.negative_prompt),
             ("--guidance-interval", options.guidance_interval),
         ):
             if value:
-                raise ConfigError(f"{name} has no effect with --guidance 1, which is off", hint="4 is the default")
+                raise ConfigError(
+                    f"{name} has no effect with --guidance 1, which is off", hint=f"{DEFAULT_GUIDANCE:g} is the default"
+                )
 
 
 def make_plan(options: Options, run: RunRecorder) -> Plan:

@@ -99,7 +99,8 @@ class TrainConfig:
             not where kernels in C (float32 on a CPU) or in Triton (CUDA) run. In a file also false, which is off, and
             true, which is auto.
         cuda_graphs: Whether forward and backward passes are recorded as CUDA graphs and replayed, so that a GPU does
-            not wait for Python between a small network's operations: ``on``, ``off``, or ``auto``: where they can be.
+            not wait for Python between a small network's operations: ``on``, ``off``, or ``auto``: where it can be and
+            it is Python that takes the time. In a file also true, which is on, and false.
         checkpoint_every, keep_last, keep_every: Steps between checkpoints; how many of the last, and every
             how many-th step, are kept (0: only the last).
         validate_every, validation_batches: Steps between validations and batches in one.
@@ -241,7 +242,8 @@ class RunConfig:
         training = dict(values.get("training", {}))
         for key in _SWITCHES:
             if isinstance(training.get(key), bool):
-                training[key] = "auto" if training[key] else "off"  # true was once the default of compile
+                # true was once the default of compile
+                training[key] = "off" if not training[key] else "auto" if key == "compile" else "on"
         _check_keys(flow, _defaults(FlowConfig), f"{source}: [flow]")
         _check_keys(training, _defaults(TrainConfig), f"{source}: [training]")
         return cls(model=model, flow=FlowConfig(**flow), training=TrainConfig(**training))

@@ -109,10 +109,16 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.
     return 2 * side**3 / best
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak memory of this process so far, in bytes: resident set on the CPU, allocator on CUDA."""
+def peak_memory(device: torch.device, *, reserved: bool = False) -> int:
+    """Peak memory of this process so far, in bytes: resident set on the CPU, of tensors on CUDA.
+
+    Args:
+        device: Whose.
+        reserved: On CUDA count what tensors may be put into as well: that of CUDA graphs, too, which is free between
+            replays.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device) if reserved else torch.cuda.max_memory_allocated(device)
     if platform.system() == "Linux":
         # Not getrusage: there, a child's peak begins with its parent's.
         with open("/proc/self/status", encoding="ascii") as file:

@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "width": Setting(int, 1280, "pixels"),
         "height": Setting(int, 720, "pixels"),
         "steps": Setting(int, 24, "steps of the solver at the coarsest level"),
-        "guidance": Setting(float, 3.0, "how strongly to follow the prompt"),
+        "guidance": Setting(float, 2.0, "how strongly to follow the prompt"),
         "solver": Setting(str, "heun", "the solver of the flow"),
         "negative_prompt": Setting(str, "blurry", "what to keep out of the picture"),
         "num_images": Setting(int, 1, "pictures per prompt"),
@@ -82,6 +82,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "device": Setting(str, "cuda", "cpu, cuda, mps"),
         "dtype": Setting(str, "bf16", "number format of the arithmetic", choices=_DTYPES),
         "compile": Setting(bool, True, "compile the network first"),
+        "cuda_graphs": Setting(bool, False, "record steps on a GPU and replay them"),
     },
 }
 

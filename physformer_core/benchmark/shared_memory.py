@@ -1,54 +1,67 @@
-"""Whose a GPU's memory is, when two take turns in one process."""
+"""Whose a GPU's memory is, when a guest takes turns with us in one process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor, nn
 
 
 class SharedMemory:
-    """Keeps account of what each side holds of a CUDA device's memory and of the most it had at once.
+    """The most of a CUDA device's memory that we had in our turns, and the guest in its own.
 
-    Sides begin to be told apart when it is made: what is allocated then is the first side's. On other devices nothing
-    is counted.
+    What the guest holds between its turns is counted from its tensors; all else is ours, as our threads go on making
+    batches in its turns. On other devices nothing is counted.
 
     Args:
         device: Which.
-        first: Name of the side whose turn it is.
+        held_by_guest: Bytes that the guest holds at this moment.
     """
 
-    def __init__(self, device: torch.device, first: str) -> None:
-        self._device, self._side = device, first
+    def __init__(self, device: torch.device, held_by_guest: Callable[[], int]) -> None:
+        self._device, self._held_by_guest = device, held_by_guest
         self._counts = device.type == "cuda"
-        self._at_start = 0
-        self._held: dict[str, int] = {}
-        self._peak: dict[str, int] = {}
-        if self._counts:
-            torch.cuda.reset_peak_memory_stats(device)
+        self._at_start = self._of_guest = 0
+        self._peaks: dict[str, int] = {}
 
-    def turn(self, side: str) -> None:
-        """Ends one side's turn and begins another's."""
+    def begin(self) -> None:
+        """A turn begins."""
+        if self._counts:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._at_start = torch.cuda.memory_allocated(self._device)
+            self._of_guest = self._held_by_guest()
+
+    def end(self, *, guest: bool) -> None:
+        """The turn ends that began last: the guest's, or ours."""
         if not self._counts:
             return
-        now, most = torch.cuda.memory_allocated(self._device), torch.cuda.max_memory_allocated(self._device)
-        held = self._held.get(self._side, 0)
-        self._peak[self._side] = max(self._peak.get(self._side, 0), held + most - self._at_start)
-        self._held[self._side] = held + now - self._at_start
-        self._side, self._at_start = side, now
-        torch.cuda.reset_peak_memory_stats(self._device)
+        most = torch.cuda.max_memory_allocated(self._device)
+        side, peak = "ours", most - self._of_guest
+        if guest:
+            side, peak = "guest", most - self._at_start + self._of_guest
+        self._peaks[side] = max(self._peaks.get(side, 0), peak)
 
-    def peak(self, side: str, *, graphs: bool = False) -> int | None:
-        """The most bytes that a side had in its turns; None where nothing was counted.
+    def ours(self) -> int | None:
+        """Our peak in bytes; None where nothing was counted.
 
-        Args:
-            side: Which.
-            graphs: CUDA graphs are this side's. What they work in is set aside for them alone and counts as free
-                between replays; it is added to what the side holds besides.
+        What CUDA graphs work in is set aside for them and counts as free between replays: it is added to what we hold.
         """
-        if side not in self._peak:
+        if "ours" not in self._peaks:
             return None
-        pools = sum(
-            segment["total_size"]
-            for segment in torch.cuda.memory_snapshot()
-            if graphs and tuple(segment["segment_pool_id"]) != (0, 0)
-        )
-        return max(self._peak[side], self._held[side] + pools)
+        segments = torch.cuda.memory_snapshot()
+        graphs = sum(one["total_size"] for one in segments if tuple(one["segment_pool_id"]) != (0, 0))
+        return max(self._peaks["ours"], torch.cuda.memory_allocated(self._device) - self._held_by_guest() + graphs)
+
+    def guests(self) -> int | None:
+        """The guest's peak in bytes; None where nothing was counted."""
+        return self._peaks.get("guest")
+
+
+def held_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of a network's weights, gradients and optimizer state on its device."""
+    state = [value for of_one in optimizer.state.values() for value in of_one.values() if isinstance(value, Tensor)]
+    grads = [param.grad for param in network.parameters() if param.grad is not None]
+    return sum(
+        one.nbytes for one in (*network.parameters(), *network.buffers(), *grads, *state) if one.device.type != "cpu"
+    )

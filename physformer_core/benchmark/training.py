@@ -25,7 +25,7 @@ from torch import nn
 from physformer_core.benchmark.machine import MachinePeak, machine_facts, wait_for
 from physformer_core.benchmark.networks import evaluate_peer, peer_network
 from physformer_core.benchmark.report import FORMAT, peak_facts
-from physformer_core.benchmark.shared_memory import SharedMemory
+from physformer_core.benchmark.shared_memory import SharedMemory, held_bytes
 from physformer_core.config import RunConfig
 from physformer_core.data.loader import Batch, BatchStream
 from physformer_core.errors import ConfigError
@@ -168,11 +168,12 @@ def measure_training(
 
     Returns:
         The report of ``bench train``. ``ratio`` is images a second of ours over the peer's, ``ratio_by_kind`` the same
-        for each kind of batch; ``tokens`` says of each how many of the picture and of the prompt both saw. On CUDA
-        ``peak_bytes`` is the most of its memory that each had, weights and optimizer included; elsewhere it is None.
+        for each kind of batch; ``tokens`` says of each how many of the picture and of the prompt both saw, ``left_out``
+        how many of our steps came before their shape was recorded. On CUDA ``peak_bytes`` is the most of its memory
+        that each had, weights and optimizer included; elsewhere it is None.
 
     Raises:
-        ConfigError: Fewer than one step is to be timed.
+        ConfigError: Fewer than one step is to be timed, or no step of a kind was as all later ones will be.
         DataError, DeviceError: As the run itself would.
     """
     if steps < 1 or warmup < 1:
@@ -208,10 +209,8 @@ class _Turns:
         self._peer_layers = peer_layers(arguments, self._parameters)
         network = peer_network("dense", arguments, self._peer_layers)
         self._peer_parameters = sum(p.numel() for p in network.parameters())
-        self._memory = SharedMemory(trainer.device, "ours")
-        self._memory.turn("peer")
         self._peer = PlainTrainer(network, trainer.device, trainer.dtype, train.lr)
-        self._memory.turn("neither")
+        self._memory = SharedMemory(trainer.device, lambda: held_bytes(self._peer.network, self._peer.optimizer))
         self._peak = MachinePeak(trainer.device, trainer.dtype)
         self._peak.observe()
         self._meter = WorkMeter(trainer.model, train.optimizer, self._peak.flops)
@@ -219,7 +218,8 @@ class _Turns:
         self._flops: list[int] = []
         self._tokens: dict[str, list[tuple[int, int]]] = {}
         self._peer_done = 0
-        self._memory.turn("ours")
+        self._left_out, self._elapsed = 0, 0.0
+        self._memory.begin()
         self._resumed = time.perf_counter()
 
     def after_report(self, report: StepReport) -> None:
@@ -234,7 +234,12 @@ class _Turns:
         took = time.perf_counter() - self._resumed
         if done > self._warmup:
             batch = self._stream.batch(done - 1)
-            self._ours.add(batch.kind, took)
+            self._elapsed += took
+            recorded = self._trainer.gradients.recorded
+            if recorded is None or recorded.settled:
+                self._ours.add(batch.kind, took)
+            else:  # a shape's first passes, and its recording, come once
+                self._left_out += 1
             self._flops.append(self._meter.step(batch))
             self._tokens.setdefault(batch.kind, []).append(batch_tokens(self._trainer.model, batch))
         if self._on_step is not None:
@@ -242,12 +247,13 @@ class _Turns:
         if done == self._warmup + self._steps:
             self._trainer.request_stop()
         if done % _BLOCK == 0 or done == self._warmup or done == self._warmup + self._steps:
-            self._memory.turn("peer")
+            self._memory.end(guest=False)
+            self._memory.begin()
             while self._peer_done < done:
                 self._peer_step()
-            self._memory.turn("neither")
+            self._memory.end(guest=True)
             self._peak.observe(0.05)
-            self._memory.turn("ours")
+            self._memory.begin()
         self._resumed = time.perf_counter()
 
     def _peer_step(self) -> None:
@@ -263,6 +269,9 @@ class _Turns:
         """See `measure_training`."""
         trainer, batch = self._trainer, self._trainer.config.training.batch_size
         dtype = next(name for name, kind in DTYPES.items() if kind == trainer.dtype)
+        if missing := self._theirs.by_kind.keys() - self._ours.by_kind.keys():
+            kinds = " and ".join("whole pictures" if kind == "base" else "crops" for kind in sorted(missing))
+            raise ConfigError(f"no step on {kinds} was timed: all came before they were recorded", hint="--warmup 40")
         ours, theirs = self._ours.step, self._theirs.step
         flops = statistics.mean(self._flops)
         return {
@@ -275,6 +284,7 @@ class _Turns:
             "dtype": dtype,
             "compiled": trainer.compiled,
             "recorded": trainer.recorded,
+            "left_out": self._left_out,
             "tokens": {
                 kind: dict(zip(("picture", "prompt"), map(statistics.mean, zip(*seen, strict=True)), strict=True))
                 for kind, seen in sorted(self._tokens.items())
@@ -285,17 +295,17 @@ class _Turns:
                 "seconds": ours,
                 "seconds_by_kind": self._ours.by_kind,
                 "images_per_second": batch / ours,
-                "wait_share": self._ours.waited / self._ours.total,
+                "wait_share": self._ours.waited / self._elapsed,
                 "flops": flops,
                 "matrix_share": flops / ours / self._peak.flops,
-                "peak_bytes": self._memory.peak("ours", graphs=trainer.recorded),
+                "peak_bytes": self._memory.ours(),
             },
             "peer": {
                 "parameters": self._peer_parameters,
                 "seconds": theirs,
                 "seconds_by_kind": self._theirs.by_kind,
                 "images_per_second": batch / theirs,
-                "peak_bytes": self._memory.peak("peer"),
+                "peak_bytes": self._memory.guests(),
             },
             "ratio": theirs / ours,
             "ratio_by_kind": {

@@ -239,7 +239,8 @@ def _finished(folder: Path, config: RunConfig) -> bool:
         state = json.loads((find_checkpoint(folder).folder / "state.json").read_text(encoding="utf-8"))
     except CheckpointError:
         return False  # stopped before its only checkpoint
-    if state["config"] != config.to_dict():
+    # Read as it is today: a run from before there was a key has its default.
+    if RunConfig.from_dict(state["config"], str(folder)) != config:
         raise ConfigError(
             f"{folder} holds a run with other settings", hint="name another --output, or delete the folder"
         )

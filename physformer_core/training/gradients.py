@@ -47,7 +47,7 @@ class Gradients:
         ranks: This process among the others.
         accumulate: Parts that each rank divides its share of a batch into.
         clip: Largest gradient norm.
-        recorded: Whether passes are recorded as CUDA graphs and replayed; see `why_not_recorded` for where they can be.
+        recorded: What records passes as CUDA graphs and replays them; None runs all as they are written.
 
     Raises:
         ConfigError: float16 on a device whose loss cannot be scaled.
@@ -63,7 +63,7 @@ class Gradients:
         ranks: Ranks,
         accumulate: int,
         clip: float,
-        recorded: bool = False,
+        recorded: RecordedPasses | None = None,
     ) -> None:
         if dtype == torch.float16 and device.type not in ("cuda", "cpu"):
             raise ConfigError(f"training in fp16 needs loss scaling, which {device.type} has not", hint="--dtype fp32")
@@ -76,7 +76,7 @@ class Gradients:
                 self._module, gradient_as_bucket_view=True, find_unused_parameters=_has_idle_parts(model)
             )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self._run = RecordedPasses(self._pass, model) if recorded else self._pass
+        self.recorded = recorded
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """In which the network computes; its weights stay float32."""
@@ -111,7 +111,8 @@ class Gradients:
         for number, part in enumerate(parts):
             with self._exchanging(last=number == len(parts) - 1):
                 own = draws.part(part.first, part.count, self._device)
-                losses = self._run(objective, dataclasses.replace(part.to(self._device), first=0), own)
+                given = (objective, dataclasses.replace(part.to(self._device), first=0), own)
+                losses = self._pass(*given) if self.recorded is None else self.recorded.run(self._pass, *given)
             done.append((part, losses))
         for optimizer_part, _ in optimizer.parts:
             self.scaler.unscale_(optimizer_part)

@@ -1,14 +1,18 @@
 """Forward and backward passes recorded as CUDA graphs, one per shape, and replayed.
 
-A GPU is done with a small network's operations before Python has started the next ones: a step of `nano` starts some
-4,400, at 10 to 25 microseconds each. A CUDA graph starts all of a pass at once (Nguyen et al. 2021,
+A GPU is done with a small network's operations before Python has started the next ones: forward and backward of `nano`
+are some 4,400, at 10 to 25 microseconds each. A CUDA graph starts all of a pass at once (Nguyen et al. 2021,
 https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/). What is replayed are the same kernels on the same
 memory, so batches are copied to where the recorded one lay, and gradients are always added to the same tensors.
+
+A large network keeps the GPU busy while Python is ahead. There a recording wins nothing and holds memory, so each shape
+is timed before: see `RecordedPasses`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +27,12 @@ from physformer_core.training.objective import Draws, FlowObjective, Losses
 EAGER_PASSES = 2
 """Passes of a shape before it is recorded: in them libraries choose, and kernels are compiled and loaded."""
 
-MOST_SHAPES = 64
+MOST_SHAPES = 32
 """Shapes that are recorded; passes of any further one run as they are written."""
+
+GPU_IS_BEHIND = 0.05
+"""If after a pass the GPU still works for more than this share of the pass's time, it is the GPU that takes the time,
+and the shape is not recorded. (Where Python takes it, little more than the last kernel is left.)"""
 
 _Key = tuple[object, ...]
 _Held = TypeVar("_Held", Batch, Draws)
@@ -71,50 +79,78 @@ class _Recording:
 class RecordedPasses:
     """Runs passes, and from the third of a shape on replays them.
 
-    Memory: activations of the largest shape once more, beside what the allocator keeps of the first passes, and one
-    set of gradients.
+    Memory: activations of the largest shape stay set aside for replays, and the first passes of a later shape need
+    theirs beside them; and of each shape one batch with its draws.
 
     Args:
-        run: A pass as it is written. It must not wait for the device, nor read anything that changes between steps but
-            weights, batch and draws.
         model: Whose weights are trained; they must stay where they are in memory.
+        device: A CUDA device, where all of it happens.
+        always: Record every shape, also where the GPU is what takes the time.
+
+    Attributes:
+        settled: Whether the last pass ran as all later ones of its shape will.
     """
 
-    def __init__(self, run: Pass, model: nn.Module) -> None:
-        self._run = run
+    def __init__(self, model: nn.Module, device: torch.device, *, always: bool = False) -> None:
         self._params = [param for param in model.parameters() if param.requires_grad]
+        self._device, self._always = device, always
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._passes: Counter[_Key] = Counter()
         self._trained: dict[_Key, list[nn.Parameter]] = {}
+        self._as_written: set[_Key] = set()
         self._recordings: dict[_Key, _Recording] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        # torch's own capturing stream is on whichever device was current when it was first wanted.
+        self._stream = torch.cuda.Stream(device)
+        self.settled = False
 
     @property
     def shapes(self) -> int:
         """How many shapes are recorded."""
         return len(self._recordings)
 
-    def __call__(self, objective: FlowObjective, batch: Batch, draws: Draws) -> Losses:
-        """As ``run``, of a batch on the device and draws that are its own, with the first example as number 0.
+    def run(self, written: Pass, objective: FlowObjective, batch: Batch, draws: Draws) -> Losses:
+        """A pass over a batch on the device and draws that are its own, with the first example as number 0.
 
         Weights whose gradients are None, as `torch.optim.Optimizer.zero_grad` leaves them, begin at zero.
+
+        Args:
+            written: The pass, the same at every call. It must not wait for the device, nor read anything that changes
+                between steps but weights, batch and draws.
+            objective, batch, draws: What it is given.
         """
         key = _key(batch)
         recording = self._recordings.get(key)
+        self.settled = recording is not None or key in self._as_written
+        if key in self._as_written:
+            return written(objective, batch, draws)
         if recording is None:
             self._passes[key] += 1
-            if self._passes[key] <= EAGER_PASSES or len(self._recordings) >= MOST_SHAPES:
-                losses = self._run(objective, batch, draws)
-                self._trained[key] = [param for param in self._params if param.grad is not None]
-                return losses
-            recording = self._recordings[key] = self._record(key, objective, batch, draws)
+            if self._passes[key] <= EAGER_PASSES:
+                return self._try(key, written, objective, batch, draws)
+            recording = self._recordings[key] = self._record(key, written, objective, batch, draws)
         _copy(batch, recording.batch)
         _copy(draws, recording.draws)
         self._place_gradients(recording.trained)
         recording.graph.replay()
         return _cloned(recording.losses)
 
-    def _record(self, key: _Key, objective: FlowObjective, batch: Batch, draws: Draws) -> _Recording:
+    def _try(self, key: _Key, written: Pass, objective: FlowObjective, batch: Batch, draws: Draws) -> Losses:
+        """Runs one of a shape's first passes as it is written, and decides in the last whether to record."""
+        torch.cuda.synchronize(self._device)
+        began = time.perf_counter()
+        losses = written(objective, batch, draws)
+        started = time.perf_counter()
+        torch.cuda.synchronize(self._device)
+        ended = time.perf_counter()
+        self._trained[key] = [param for param in self._params if param.grad is not None]
+        if self._passes[key] == EAGER_PASSES:
+            behind = ended - started > GPU_IS_BEHIND * (ended - began)
+            if len(self._recordings) >= MOST_SHAPES or (behind and not self._always):
+                self._as_written.add(key)
+        return losses
+
+    def _record(self, key: _Key, written: Pass, objective: FlowObjective, batch: Batch, draws: Draws) -> _Recording:
         batch, draws = _own_memory(batch), _own_memory(draws)
         trained = self._trained[key]
         before = [param.grad for param in trained]
@@ -123,8 +159,8 @@ class RecordedPasses:
             param.grad = self._gradient(param)
         graph = torch.cuda.CUDAGraph()
         # Threads that make batches go on, and may ask for memory meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            losses = self._run(objective, batch, draws)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            losses = written(objective, batch, draws)
         for param, grad in zip(trained, before, strict=True):
             param.grad = grad
         return _Recording(graph, batch, draws, losses, trained)

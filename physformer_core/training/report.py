@@ -172,7 +172,7 @@ class Interval:
             gradient_norm=float(finite.mean()) if len(finite) else None,
             skipped=trainer.skipped,
             statistics={name: value for name, value in statistics.items() if math.isfinite(value)},
-            memory_bytes=peak_memory(trainer.device),
+            memory_bytes=peak_memory(trainer.device, reserved=trainer.recorded),
             matrix_share=self.operations / elapsed / trainer.matrix_peak if trainer.matrix_peak else None,
         )
 

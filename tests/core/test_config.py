@@ -128,6 +128,14 @@ def test_compile_is_a_word_or_a_bool() -> None:
         config.override("training", compile="always")
 
 
+def test_cuda_graphs_are_a_word_or_a_bool() -> None:
+    config = load_preset("nano")
+    assert config.training.cuda_graphs == "auto"
+    assert config.override("training", cuda_graphs=True).training.cuda_graphs == "on"
+    for value, word in ((True, "on"), (False, "off"), ("auto", "auto")):
+        assert RunConfig.from_dict({"training": {"cuda_graphs": value}}, "a file").training.cuda_graphs == word
+
+
 def test_one_network_for_all_levels():
     nano = load_preset("nano")
     assert nano.model["base_num_layers"] > 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from physformer_core.checkpoints import find_checkpoint
 from physformer_core.errors import CheckpointError, ConfigError, DataError
 from physformer_core.evaluation.scaling import ScalingLaw, ScalingPoint, analyse, fit_law, frontier_points
 from physformer_core.evaluation.scaling_plot import draw_scaling
@@ -131,6 +132,13 @@ def test_a_family_is_trained_read_and_not_trained_twice(scene_set: Path, tmp_pat
     assert points[1].flops == 2 * points[0].flops > 6 * 64 * 1e4 and all(0 < point.loss < 10 for point in points)
 
     before = [(folder / "log.jsonl").read_bytes() for folder in folders]
+    train_family(members, scene_set, tmp_path, batch_size=4, device="cpu")
+    assert [(folder / "log.jsonl").read_bytes() for folder in folders] == before
+    # A run from before there was one of today's keys has its default.
+    state_path = find_checkpoint(folders[0]).folder / "state.json"
+    state = json.loads(state_path.read_text("utf-8"))
+    del state["config"]["training"]["cuda_graphs"]
+    state_path.write_text(json.dumps(state), "utf-8")
     train_family(members, scene_set, tmp_path, batch_size=4, device="cpu")
     assert [(folder / "log.jsonl").read_bytes() for folder in folders] == before
     with pytest.raises(ConfigError, match="other settings"):

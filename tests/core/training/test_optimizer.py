@@ -161,6 +161,21 @@ def test_state_goes_through_tensors(name):
     assert not all(torch.equal(a, b) for a, b in zip(straight.parameters(), forgetful.parameters(), strict=True))
 
 
+def test_the_count_of_steps_lies_where_the_form_of_adamw_wants_it():
+    trained = model()
+    part = optimizer(trained, "adamw")
+    take_steps(trained, part, 0, 1)
+    elsewhere = model().to("meta")  # no device that AdamW has a fused form for here: its count is on the CPU
+    second = optimizer(elsewhere, "adamw")
+    assert second.parts[0][0].param_groups[0]["fused"] is None and part.parts[0][0].param_groups[0]["fused"] is True
+    second.load_state_tensors(
+        (name, value if name.endswith("step") else value.to("meta")) for name, value in part.state_tensors().items()
+    )
+    for state in second.parts[0][0].state.values():
+        assert state["step"].device.type == "cpu" and state["step"].item() == 1
+        assert state["exp_avg"].device.type == "meta"
+
+
 def test_loaded_state_is_a_copy():
     network = model()
     part = optimizer(network)
