@@ -14,6 +14,7 @@ from PIL import Image
 import physformer_core.evaluation.features as features
 from physformer_cli import console, main
 from physformer_core.checkpoints import find_checkpoint
+from physformer_core.flow import DEFAULT_GUIDANCE
 from physformer_core.project import Project
 
 
@@ -114,7 +115,7 @@ def test_fid_of_drawn_pictures(physformer, tiny_features, tiny_checkpoint, scene
     assert code == 0, err
     made = json.loads(out)["recipe"]["generated"]["pictures"]
     assert made["kind"] == "checkpoint" and made["sha256"] == find_checkpoint(tiny_checkpoint).sha256
-    assert made["count"] == 4 and made["guidance"] == 3.0 and made["steps"] == [1] and made["seeds"] == [0]
+    assert made["count"] == 4 and made["guidance"] == DEFAULT_GUIDANCE and made["steps"] == [1] and made["seeds"] == [0]
     code, out, err = physformer(
         "eval", "fid", scene_raw, "--checkpoint", tiny_checkpoint, "--num", 2, "--steps", 1, "--size", 32, "--json"
     )
