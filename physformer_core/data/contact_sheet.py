@@ -94,7 +94,9 @@ def set_format(folder: Path) -> str:
 
 
 def sheet_size(count: int, *, columns: int, size: int = 160) -> tuple[int, int]:
-    """(width, height) in pixels of a sheet of so many pictures, to be asked for before they are drawn.
+    """The most (width, height) in pixels of a sheet of so many pictures, to be asked for before they are drawn.
+
+    Rows are as high as their highest picture: of square ones all of it is needed.
 
     Raises:
         OutputError: It would be larger than PNG readers take.
@@ -115,21 +117,25 @@ def draw_sheet(shown: Sequence[Exhibit], *, columns: int, size: int = 160) -> Im
     Raises:
         OutputError: The sheet would be larger than PNG readers take.
     """
-    width, height = sheet_size(len(shown), columns=columns, size=size)
+    width, _ = sheet_size(len(shown), columns=columns, size=size)
     columns = min(columns, len(shown))
-    sheet = Image.new("RGB", (width, height), _PAPER)
+    rows = [shown[first : first + columns] for first in range(0, len(shown), columns)]
+    highest = [max(exhibit.picture.height for exhibit in row) for row in rows]
+    sheet = Image.new("RGB", (width, sum(highest) + len(rows) * (_TEXT_HEIGHT + _GAP) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(_FONT_SIZE)
-    for index, exhibit in enumerate(shown):
-        left = _GAP + index % columns * (size + _GAP)
-        top = _GAP + index // columns * (size + _TEXT_HEIGHT + _GAP)
-        picture = exhibit.picture
-        sheet.paste(picture, (left + (size - picture.width) // 2, top + size - picture.height))
-        y = top + size + 3
-        for line in _wrap(exhibit.caption, font, size, _CAPTION_LINES):
-            draw.text((left, y), line, _INK, font)
-            y += _LINE_HEIGHT
-        draw.text((left, y), _wrap(exhibit.note, font, size, 1)[0], _FAINT, font)
+    bottom = 0
+    for row, height in zip(rows, highest, strict=True):
+        bottom += _GAP + height  # of the row's pictures
+        for column, exhibit in enumerate(row):
+            left, picture = _GAP + column * (size + _GAP), exhibit.picture
+            sheet.paste(picture, (left + (size - picture.width) // 2, bottom - picture.height))
+            y = bottom + 3
+            for line in _wrap(exhibit.caption, font, size, _CAPTION_LINES):
+                draw.text((left, y), line, _INK, font)
+                y += _LINE_HEIGHT
+            draw.text((left, y), _wrap(exhibit.note, font, size, 1)[0], _FAINT, font)
+        bottom += _TEXT_HEIGHT
     return sheet
 
 
