@@ -137,10 +137,18 @@ class Pyramid:
         """The coarser level's padded field, upsampled and cut to this level's padded size, or its edge repeated."""
         if abs(size.growth - 2) < 1e-6:
             return self.upsample(previous)[:, :, : size.padded_height, : size.padded_width]
-        # Pixels' centres stay where they are in the picture, so the ratio is that of the factors, not of the sizes.
-        grown = F.interpolate(
-            previous, scale_factor=size.growth, mode="bilinear", align_corners=False, recompute_scale_factor=False
-        )[:, :, : size.padded_height, : size.padded_width]
+        # To half of this level's size first: a network learns to sharpen what was doubled, and of what grew by less,
+        # which is sharper, it makes blocks with halos. Pixels' centres stay where they are in the picture, so the ratio
+        # is that of the factors, not of the sizes.
+        half = F.interpolate(
+            previous,
+            scale_factor=size.growth / 2,
+            mode="bicubic",
+            align_corners=False,
+            recompute_scale_factor=False,
+            antialias=True,
+        )
+        grown = self.upsample(half)[:, :, : size.padded_height, : size.padded_width]
         missing = (0, size.padded_width - grown.shape[3], 0, size.padded_height - grown.shape[2])
         return F.pad(grown, missing, mode="replicate") if any(missing) else grown
 
