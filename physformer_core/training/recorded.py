@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from physformer_core.data.loader import Batch
+from physformer_core.errors import ConfigError
 from physformer_core.training.objective import Draws, FlowObjective, Losses
 
 EAGER_PASSES = 2
@@ -56,6 +57,17 @@ def why_not_recorded(
     if gradient_checkpointing:
         return "blocks are computed again in the backward pass"
     return None
+
+
+def resolve_recording(setting: str, reason: str | None) -> bool:
+    """Whether passes are recorded, by the configuration's word (on, off or auto) and `why_not_recorded`.
+
+    Raises:
+        ConfigError: They are to be, and cannot.
+    """
+    if setting == "on" and reason is not None:
+        raise ConfigError(f"steps cannot be recorded as CUDA graphs: {reason}", hint="leave --cuda-graphs out")
+    return setting != "off" and reason is None
 
 
 @dataclass

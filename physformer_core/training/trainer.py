@@ -46,7 +46,7 @@ from physformer_core.training.ema import WeightAverage
 from physformer_core.training.gradients import Gradients
 from physformer_core.training.objective import Draws, FlowObjective
 from physformer_core.training.optimizer import Optimizer, muon_dtype, schedule
-from physformer_core.training.recorded import RecordedPasses, why_not_recorded
+from physformer_core.training.recorded import RecordedPasses, resolve_recording, why_not_recorded
 from physformer_core.training.report import Interval, RunLog, StepReport, open_log
 from physformer_core.training.samples import SampleGrid
 from physformer_core.training.watching import WorkMeter
@@ -123,7 +123,16 @@ class Trainer:
             keep_freed_memory(self.device)
             self.dtype = resolve_dtype(train.dtype, self.device)
             self.compiled = _compiles(train.compile, self.device, self.dtype)
-            self.recorded = self._records()
+            self.recorded = resolve_recording(
+                train.cuda_graphs,
+                why_not_recorded(
+                    self.device,
+                    dtype=self.dtype,
+                    parallel=self.parallel,
+                    compiled=self.compiled,
+                    gradient_checkpointing=train.gradient_checkpointing,
+                ),
+            )
             self.shards = ShardSet(data_dir)
             self.resident = why_not_resident(self.shards, self.device) is None
             self._threads = _DRAWING_THREADS if self.device.type == "cuda" else 1
@@ -186,23 +195,6 @@ class Trainer:
         self._bad_in_a_row = 0
         self._stop = False
         self._stopped = False
-
-    def _records(self) -> bool:
-        """Whether passes are recorded as CUDA graphs, by the configuration's word."""
-        train = self.config.training
-        reason = why_not_recorded(
-            self.device,
-            dtype=self.dtype,
-            parallel=self.parallel,
-            compiled=self.compiled,
-            gradient_checkpointing=train.gradient_checkpointing,
-        )
-        if train.cuda_graphs == "on" and reason is not None:
-            raise ConfigError(
-                f"steps cannot be recorded as CUDA graphs: {reason}",
-                hint="leave --cuda-graphs out" if not self.compiled else "--no-compile",
-            )
-        return train.cuda_graphs != "off" and reason is None
 
     def _check_shares(self) -> None:
         train, world_size = self.config.training, self.ranks.world_size
