@@ -14,6 +14,7 @@ import typer
 from physformer_cli import console
 from physformer_cli.generate_plan import Options, Plan, check_combinations, make_plan
 from physformer_cli.interruptions import held_back
+from physformer_core.flow import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 if TYPE_CHECKING:
     from physformer_core.batching import PictureRequest
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from physformer_core.project import RunRecorder
 
 _WHAT, _SIZE, _HOW, _WHERE = "What to draw", "Size", "How to draw it", "Where it goes"
+_STEPS = ",".join(map(str, DEFAULT_STEPS))
 
 
 def register(app: typer.Typer) -> None:
@@ -83,12 +85,14 @@ def generate(
         str | None,
         typer.Option(
             metavar="N[,N...]",
-            help="Steps at the coarsest level (20; finer ones in proportion), or one number per level: 20,4,3,2.",
+            help=f"Steps at the coarsest level ({DEFAULT_STEPS[0]}; finer ones in proportion), or one number per "
+            f"level: {_STEPS}, the last for all beyond.",
             rich_help_panel=_HOW,
         ),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="How strongly to follow the prompt: 3; 1 is off.", rich_help_panel=_HOW)
+        float | None,
+        typer.Option(help=f"How strongly to follow the prompt: {DEFAULT_GUIDANCE:g}; 1 is off.", rich_help_panel=_HOW),
     ] = None,
     guidance_interval: Annotated[
         str | None,

@@ -230,7 +230,7 @@ def parse_seeds(texts: Sequence[str]) -> list[int]:
 
 
 def parse_steps(text: str) -> int | tuple[int, ...]:
-    """Steps from `24` (finer levels in proportion) or `20,4,3,2` (one per level).
+    """Steps from `20` (finer levels in proportion) or `20,4,4,2` (one per level).
 
     Raises:
         ConfigError: A part is not a number from 1 to `MAX_STEPS`.
@@ -239,7 +239,7 @@ def parse_steps(text: str) -> int | tuple[int, ...]:
     if not all(re.fullmatch(r"\d{1,9}", part, re.ASCII) and 1 <= int(part) <= MAX_STEPS for part in parts):
         raise ConfigError(
             f"{text!r} is not a number of steps",
-            hint=f"1 to {MAX_STEPS} at the coarsest level, for example 20, or one per level, for example 20,4,3,2",
+            hint=f"1 to {MAX_STEPS} at the coarsest level, for example 20, or one per level, for example 20,4,4,2",
         )
     return int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
 

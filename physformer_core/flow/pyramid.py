@@ -1,8 +1,9 @@
-"""Levels: a picture is grown from a few dozen tokens to its full size, about twice as large at each level, or less.
+"""Levels: a picture is grown from a few dozen tokens to its full size, twice as large at each level.
 
 Level 0 flows from noise. Level l > 0 flows from the upsampled level l - 1 plus a little noise to the sharp field: a
 short path, on which a few steps are enough. Sizes run backwards from the target, so any width and height will do: by
-halves where those end near the area that level 0 was trained on, else in steps a little smaller that do.
+halves where those end near the area that level 0 was trained on. Elsewhere the last level grows by less, and all others
+by two from such an area.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ BASE_AREA = 32 * 32
 DETAIL_SCALE = 0.12
 """Root mean square of what blurring takes from crops of scenes, in field units."""
 
-
 _NEAR = 1.3
 """How many times larger or smaller than the base area level 0 may be, padding included, if halving leads there, and how
-many times larger padding may make it. Beyond that the steps are chosen to fit."""
+many times larger padding may make it. Beyond that the last level grows by less."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Pyramid:
     def level_sizes(self, height: int, width: int) -> list[LevelSize]:
         """Sizes of all levels of a field of this size, coarsest first."""
         first = self._first_factor(height, width)
-        last = math.ceil(math.log2(first) - 0.05)  # hardly more than halves, rather than one level more
-        factors = [first ** ((last - level) / last) if level else first for level in range(last + 1)]
+        last = math.ceil(math.log2(first) - 0.05)  # hardly more than twice, rather than one level more
+        factors = [*(first / 2**level for level in range(last)), 1.0]
         sizes = []
         for level, factor in enumerate(factors):
             h, w = (math.ceil(side / factor - 1e-9) for side in (height, width))
@@ -138,7 +138,8 @@ class Pyramid:
         if abs(size.growth - 2) < 1e-6:
             return self.upsample(previous)[:, :, : size.padded_height, : size.padded_width]
         # To half of this level's size first: a network learns to sharpen what was doubled, and of what grew by less,
-        # which is sharper, it makes blocks with halos. Pixels' centres stay where they are in the picture, so the ratio
+        # which is sharper, it makes blocks with halos. What that takes of the level before is drawn anew, as often as
+        # levels grow by less: so only the last does. Pixels' centres stay where they are in the picture, so the ratio
         # is that of the factors, not of the sizes.
         half = F.interpolate(
             previous,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from physformer_core.errors import ConfigError
+from physformer_core.flow import DEFAULT_STEPS
 
 Velocity = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int, float, Tensor], None]
@@ -17,10 +18,6 @@ OnStep = Callable[[int, float, Tensor], None]
 
 MIN_STEP = 1 / 200
 """Shortest step of the adaptive solver."""
-
-
-DEFAULT_STEPS = (10, 2, 2, 1)
-"""Steps at levels 0, 1, 2 and from 3 on; prompt accuracy is as good with half of them (docs/results.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +32,7 @@ class SolverSettings:
     """
 
     name: str = "euler"
-    steps: int = 20
+    steps: int = DEFAULT_STEPS[0]
     shift: float = 1.0
     tolerance: float = 0.02
 
@@ -43,7 +40,9 @@ class SolverSettings:
         if self.name not in SOLVERS:
             raise ConfigError(f"unknown solver '{self.name}'", hint="one of " + ", ".join(SOLVERS))
         if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, not {self.steps}", hint="20 is the default at level 0")
+            raise ConfigError(
+                f"steps must be at least 1, not {self.steps}", hint=f"{DEFAULT_STEPS[0]} is the default at level 0"
+            )
         if self.shift <= 0 or self.tolerance <= 0:
             raise ConfigError("shift and tolerance must be above 0")
 
@@ -157,5 +156,7 @@ def steps_per_level(steps: int | Sequence[int] | None, levels: int) -> list[int]
     else:
         given = list(steps)
     if not given or min(given) < 1:
-        raise ConfigError(f"steps must be at least 1, not {steps}", hint="20 is the default at level 0")
+        raise ConfigError(
+            f"steps must be at least 1, not {steps}", hint=f"{DEFAULT_STEPS[0]} is the default at level 0"
+        )
     return [given[min(level, len(given) - 1)] for level in range(levels)]

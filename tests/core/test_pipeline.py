@@ -15,8 +15,9 @@ from PIL import Image
 
 from physformer_core.codec import AutoencoderCodec
 from physformer_core.errors import ConfigError, PromptError, SizeError
+from physformer_core.flow import DEFAULT_STEPS
 from physformer_core.flow.guidance import Guidance
-from physformer_core.flow.solver import DEFAULT_STEPS, steps_per_level
+from physformer_core.flow.solver import steps_per_level
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.pipeline import PhysFormerPipeline, StepEvent
 from physformer_core.text import PromptEmbeddings, TextEncoder
