@@ -11,6 +11,7 @@ import typer
 from physformer_cli import console, evaluate_drawing, evaluate_scaling, evaluate_show
 from physformer_cli.evaluate_common import (
     CheckpointOption,
+    DetailOption,
     DeviceOption,
     DtypeOption,
     FeatureModelOption,
@@ -27,7 +28,7 @@ from physformer_cli.evaluate_common import (
     write_result,
 )
 from physformer_core.errors import ConfigError
-from physformer_core.flow import DEFAULT_GUIDANCE
+from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,6 +103,10 @@ def fid(
     guidance: Annotated[
         float | None, typer.Option(help=f"How strongly to follow the prompts; {DEFAULT_GUIDANCE:g} if not given.")
     ] = None,
+    detail: Annotated[
+        float | None,
+        typer.Option(help=f"Factor of the detail that finer levels add; {DEFAULT_DETAIL:g} if not given."),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
         str | None,
@@ -140,6 +145,7 @@ def fid(
             ("--prompts", prompts is not None and (generated is not None or only_save), "no drawing"),
             ("--steps", steps is not None and (generated is not None or only_save), "no drawing"),
             ("--guidance", guidance is not None and (generated is not None or only_save), "no drawing"),
+            ("--detail", detail is not None and (generated is not None or only_save), "no drawing"),
             ("--clip-score", clip_score is not None and only_save, "no generated pictures"),
             ("--dtype", dtype is not None and (generated is not None or only_save), "no drawing"),
             ("--split", split is not None and is_file, "a statistics file"),
@@ -179,6 +185,7 @@ def fid(
                     seed,
                     steps,
                     DEFAULT_GUIDANCE if guidance is None else guidance,
+                    DEFAULT_DETAIL if detail is None else detail,
                 )
                 drawn = load_drawn(found, requests, str(where), dtype or "auto", run)
             elif generated is not None:
@@ -240,6 +247,7 @@ def prompts(
     seed: SeedOption = 0,
     steps: StepsOption = None,
     guidance: GuidanceOption = DEFAULT_GUIDANCE,
+    detail: DetailOption = DEFAULT_DETAIL,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     features: FeaturesOption = "efficientnet",
@@ -314,7 +322,7 @@ def prompts(
         two = relation_cases(relations, seed, aspect=aspect, pair_ranks=ranks)
         cases = [*singles, *two, *phrased_cases(phrased, seed, aspect=aspect)]
         extractor = load_features(features, feature_model, where)
-        requests = make_requests([(case.prompt, width, height) for case in cases], seed, steps, guidance)
+        requests = make_requests([(case.prompt, width, height) for case in cases], seed, steps, guidance, detail)
         drawn = load_drawn(found, requests, str(where), dtype, run)
         with console.progress() as add:
             task = add("clean renders", None, unit="renders")
@@ -433,6 +441,7 @@ def _fid_requests(
     seed: int,
     steps: str | None,
     guidance: float,
+    detail: float,
 ) -> list[PictureRequest]:
     """Pictures to draw: from the reference's captions at their sizes, or from a prompt file."""
     if prompts is not None:
@@ -442,11 +451,13 @@ def _fid_requests(
         if file.errors:
             raise ConfigError(f"{prompts}, {file.errors[0]}", hint="mend or remove the line")
         texts = [request.prompt for request in file.requests]
-        return make_requests([(texts[number % len(texts)], size, size) for number in range(num)], seed, steps, guidance)
+        return make_requests(
+            [(texts[number % len(texts)], size, size) for number in range(num)], seed, steps, guidance, detail
+        )
     if source is None:
         raise ConfigError("a statistics file has no captions to draw from", hint="name a prompt file: --prompts FILE")
     captions = source.captions(num)
-    return make_requests([(one.caption, one.width, one.height) for one in captions], seed, steps, guidance)
+    return make_requests([(one.caption, one.width, one.height) for one in captions], seed, steps, guidance, detail)
 
 
 def _shown(source: Iterable[np.ndarray], task: console.ProgressTask) -> Any:

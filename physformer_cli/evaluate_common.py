@@ -43,6 +43,7 @@ StepsOption = Annotated[
     str | None, typer.Option(metavar="N[,N...]", help="Steps of the coarsest level, or one number per level.")
 ]
 GuidanceOption = Annotated[float, typer.Option(help="How strongly to follow the prompt.")]
+DetailOption = Annotated[float, typer.Option(help="Factor of the detail that finer levels add; 1 is softer.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 DtypeOption = Annotated[str, typer.Option(help="What the network computes in: auto, fp32, bf16 or fp16.")]
 OutputOption = Annotated[
@@ -58,7 +59,7 @@ def pixels_of(size: str) -> tuple[int, int]:
 
 
 def make_requests(
-    pictures: Sequence[tuple[str, int, int]], seed: int, steps: str | None, guidance: float
+    pictures: Sequence[tuple[str, int, int]], seed: int, steps: str | None, guidance: float, detail: float
 ) -> list[PictureRequest]:
     """One request per (prompt, width, height): all of one seed, each a picture of its own."""
     from physformer_core.batching import PictureRequest, parse_steps
@@ -66,7 +67,14 @@ def make_requests(
     parsed = parse_steps(steps) if steps is not None else None
     return [
         PictureRequest(
-            prompt=prompt, seed=seed, index=index, width=width, height=height, steps=parsed, guidance=guidance
+            prompt=prompt,
+            seed=seed,
+            index=index,
+            width=width,
+            height=height,
+            steps=parsed,
+            guidance=guidance,
+            detail=detail,
         )
         for index, (prompt, width, height) in enumerate(pictures)
     ]

@@ -12,6 +12,7 @@ import typer
 from physformer_cli import console
 from physformer_cli.evaluate_common import (
     CheckpointOption,
+    DetailOption,
     DeviceOption,
     DtypeOption,
     FeatureModelOption,
@@ -27,7 +28,7 @@ from physformer_cli.evaluate_common import (
     pixels_of,
     write_result,
 )
-from physformer_core.flow import DEFAULT_GUIDANCE
+from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
 
 if TYPE_CHECKING:
     from physformer_core.evaluation.effort import Effort
@@ -80,6 +81,7 @@ def variety(
     seed: SeedOption = 0,
     steps: StepsOption = None,
     guidance: GuidanceOption = DEFAULT_GUIDANCE,
+    detail: DetailOption = DEFAULT_DETAIL,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     features: FeaturesOption = "efficientnet",
@@ -128,7 +130,7 @@ def variety(
         extractor = load_features(features, feature_model, where)
         # One picture for each prompt and seed: all of a prompt differ by their index alone.
         texts = [(case.prompt, width, height) for case in cases for _ in range(seeds)]
-        drawn = load_drawn(found, make_requests(texts, seed, steps, guidance), str(where), dtype, run)
+        drawn = load_drawn(found, make_requests(texts, seed, steps, guidance, detail), str(where), dtype, run)
         if contact_sheet is not None:  # told before an hour of drawing
             sheet_size(len(texts) * (1 if group is None else 2), columns=seeds)
         with console.progress() as add:
@@ -200,6 +202,7 @@ def steps(
     size: SizeOption = "256",
     seed: SeedOption = 0,
     guidance: GuidanceOption = DEFAULT_GUIDANCE,
+    detail: DetailOption = DEFAULT_DETAIL,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     features: FeaturesOption = "efficientnet",
@@ -231,17 +234,17 @@ def steps(
         cases = single_cases(num, seed, aspect=width / height, concepts=chosen_concepts(concepts))
         texts = [(case.prompt, width, height) for case in cases]
         extractor = load_features(features, feature_model, where)
-        drawn = load_drawn(found, make_requests(texts, seed, str(tried[0]), guidance), str(where), dtype, run)
+        drawn = load_drawn(found, make_requests(texts, seed, str(tried[0]), guidance, detail), str(where), dtype, run)
         efforts: list[Effort] = []
         with console.progress() as add:
             task = add("clean renders", None, unit="renders")
             gallery = load_gallery(extractor, progress=task.update, notify=console.warn)
             judge = Judge(extractor, gallery)
             task = add("prompts", len(tried) * num, unit="prompts")
-            for _ in draw_requests(found, drawn.pipeline, make_requests(texts[:1], seed, "1", guidance)):
+            for _ in draw_requests(found, drawn.pipeline, make_requests(texts[:1], seed, "1", guidance, detail)):
                 pass  # loads the text encoder and tries the kernels, which is no count's own time
             for count in tried:
-                requests = make_requests(texts, seed, str(count), guidance)
+                requests = make_requests(texts, seed, str(count), guidance, detail)
                 started = time.monotonic()
                 pictures = dict(draw_requests(found, drawn.pipeline, requests))
                 seconds = (time.monotonic() - started) / num

@@ -14,7 +14,7 @@ import typer
 from physformer_cli import console
 from physformer_cli.generate_plan import Options, Plan, check_combinations, make_plan
 from physformer_cli.interruptions import held_back
-from physformer_core.flow import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE, DEFAULT_STEPS
 
 if TYPE_CHECKING:
     from physformer_core.batching import PictureRequest
@@ -97,6 +97,13 @@ def generate(
     guidance_interval: Annotated[
         str | None,
         typer.Option(metavar="FROM,TO", help="Flow times within which guidance acts: 0,1.", rich_help_panel=_HOW),
+    ] = None,
+    detail: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Factor of the detail that finer levels add: {DEFAULT_DETAIL:g}; 1 is softer, more is sharper.",
+            rich_help_panel=_HOW,
+        ),
     ] = None,
     solver: Annotated[
         str | None, typer.Option(help="euler (default), heun, multistep or adaptive.", rich_help_panel=_HOW)
@@ -192,6 +199,7 @@ def generate(
         steps=steps,
         guidance=guidance,
         guidance_interval=guidance_interval,
+        detail=detail,
         solver=solver,
         batch_size=batch_size,
         checkpoint=checkpoint,

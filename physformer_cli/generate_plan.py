@@ -43,6 +43,7 @@ class Options:
     steps: str | None
     guidance: float | None
     guidance_interval: str | None
+    detail: float | None
     solver: str | None
     batch_size: int | None
     checkpoint: Path | None
@@ -111,6 +112,7 @@ def check_combinations(options: Options) -> None:
         PromptError: The prompt is blank.
     """
     from physformer_core.errors import ConfigError, PromptError
+    from physformer_core.prompts import is_sayable
 
     said = {"PROMPT": options.prompt, "--prompt-file": options.prompt_file, "--from": options.source}
     ways = [name for name, value in said.items() if value is not None]
@@ -120,6 +122,9 @@ def check_combinations(options: Options) -> None:
         raise ConfigError(f"{' and '.join(ways)} both say what to draw", hint="give one of them")
     if options.prompt is not None and not options.prompt.strip():
         raise PromptError("the prompt is empty", hint='say what to draw, e.g. "a bird in a cage"')
+    for name, text in (("the prompt", options.prompt), ("--negative-prompt", options.negative_prompt)):
+        if text is not None and not is_sayable(text):
+            raise PromptError(f"{name} {text!r} is not UTF-8", hint="set the terminal to UTF-8, or write it to a file")
     if options.source is not None:
         kept = {"source", "checkpoint", "lora", "device", "output", "preview", "dry_run", "as_json", "quiet"}
         for field in dataclasses.fields(options):
@@ -201,7 +206,7 @@ def make_plan(options: Options, run: RunRecorder) -> Plan:
         wanted = options.batch_size
         requests = [picture.request for picture in pictures]
         batches = planner.batches(requests, lambda request: planner.batch_limit(request, device, wanted))
-    _check_preview(options, planner, pictures)
+    _check_levels(options, planner, pictures)
 
     folders: dict[Path, int] = {}
     for number in kept:
@@ -274,7 +279,7 @@ def _requests(
         parse_steps,
     )
     from physformer_core.errors import ConfigError, PhysFormerError
-    from physformer_core.flow import DEFAULT_GUIDANCE
+    from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
     from physformer_core.prompts import BadLine, PromptRequest
     from physformer_core.resolution import DEFAULT_SIZE, resolve_size
 
@@ -287,6 +292,7 @@ def _requests(
     steps = parse_steps(str(steps_text)) if steps_text is not None else None
     guidance = options.guidance if options.guidance is not None else settings.get("guidance", DEFAULT_GUIDANCE)
     interval = parse_interval(options.guidance_interval) if options.guidance_interval is not None else (0.0, 1.0)
+    detail = options.detail if options.detail is not None else settings.get("detail", DEFAULT_DETAIL)
     solver = options.solver or settings.get("solver", "euler")
     negative = options.negative_prompt
     if negative is None and guidance != 1:
@@ -305,6 +311,7 @@ def _requests(
         steps=steps,
         guidance=float(guidance),
         guidance_interval=interval,
+        detail=float(detail),
         solver=solver,
         negative_prompt=negative or None,
     )
@@ -413,15 +420,15 @@ def _adapters_again(recorded: list[dict[str, Any]], given: list[ScaledAdapter], 
     by_hash = {one.adapter.sha256: one.adapter for one in given}
     found = []
     for one in recorded:
-        adapter = by_hash.pop(one["sha256"], None)
+        adapter = by_hash.get(one["sha256"])
         if adapter is None:
             raise CheckpointError(
                 f"{source} was made with the adapter {one['name']} ({one['sha256']:.12}) at {one['scale']:g}",
                 hint="name it: --lora PATH",
             )
         found.append(ScaledAdapter(adapter, float(one["scale"])))
-    if by_hash:
-        extra = next(iter(by_hash.values()))
+    used = {one.adapter.sha256 for one in found}
+    if extra := next((adapter for sha256, adapter in by_hash.items() if sha256 not in used), None):
         raise CheckpointError(
             f"{source} was made without the adapter {extra.name} ({extra.sha256:.12})", hint="leave that --lora out"
         )
@@ -438,7 +445,7 @@ def _check_tokens(
     """
     from physformer_core.errors import PromptError
     from physformer_core.prompts import BadLine
-    from physformer_core.text import count_prompt_tokens
+    from physformer_core.text import count_prompt_tokens, nothing_said, unknown_parts
 
     def texts(picture: Picture) -> list[str]:
         return [text for text in (picture.request.prompt, picture.request.negative_prompt) if text is not None]
@@ -453,7 +460,7 @@ def _check_tokens(
         for text in texts(picture):
             shown = text if len(text) <= 60 else text[:57] + "..."
             if counts[text] == 0:
-                fault = f"the prompt {shown!r} is empty"
+                fault = nothing_said(text)
             elif counts[text] > limit:
                 fault = f"the prompt {shown!r} has {counts[text]} tokens, and the model takes {limit}"
         if fault is None:
@@ -463,17 +470,22 @@ def _check_tokens(
         elif picture.line not in told:
             told.add(picture.line)
             bad_lines.append(BadLine(picture.line or 0, fault))
+    drawn = dict.fromkeys(text for picture in good for text in texts(picture) if not text.isascii())
+    if unknown := unknown_parts(list(drawn), checkpoint.text_encoder_name):
+        console.warn(f"the text encoder does not know {' '.join(unknown[:8])}, so the picture will not show it")
     return good
 
 
-def _check_preview(options: Options, planner: Planner, pictures: list[Picture]) -> None:
+def _check_levels(options: Options, planner: Planner, pictures: list[Picture]) -> None:
+    """Refuses options about finer levels where there are none."""
     from physformer_core.errors import ConfigError
 
-    if not options.preview or not pictures:
+    said = [name for name, value in (("--preview", options.preview), ("--detail", options.detail is not None)) if value]
+    if not said or not pictures:
         return
     if all(len(planner.sizes(one.request.width, one.request.height)) == 1 for one in pictures):
         raise ConfigError(
-            "--preview has no effect: pictures this small have one level, which is the picture",
+            f"{said[0]} has no effect: pictures this small have one level, which is the picture",
             hint="leave it out, or draw larger ones",
         )
 

@@ -31,7 +31,7 @@ from physformer_core.checkpoints import Checkpoint
 from physformer_core.codec import load_codec
 from physformer_core.config import FlowConfig
 from physformer_core.errors import ConfigError, DeviceError
-from physformer_core.flow import DEFAULT_GUIDANCE
+from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
 from physformer_core.flow.guidance import Guidance
 from physformer_core.flow.pyramid import LevelSize, Pyramid
 from physformer_core.flow.solver import SolverSettings, steps_per_level
@@ -58,6 +58,7 @@ class PictureRequest:
         steps: See `physformer_core.flow.solver.steps_per_level`.
         guidance: Scale of the guidance.
         guidance_interval: Flow times within which it acts.
+        detail: Factor of the detail that finer levels add; see `Guidance`.
         solver: One of `physformer_core.flow.solver.SOLVERS`.
         negative_prompt: What guidance pushes away from; None is the null prompt.
     """
@@ -70,6 +71,7 @@ class PictureRequest:
     steps: int | tuple[int, ...] | None = None
     guidance: float = DEFAULT_GUIDANCE
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    detail: float = DEFAULT_DETAIL
     solver: str = "euler"
     negative_prompt: str | None = None
 
@@ -80,7 +82,7 @@ class PictureRequest:
             ConfigError: A value is out of range.
         """
         SolverSettings(name=self.solver)
-        return Guidance(scale=self.guidance, interval=self.guidance_interval)
+        return Guidance(scale=self.guidance, interval=self.guidance_interval, detail=self.detail)
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,6 @@ class Planner:
         Raises:
             DeviceError: Not even one fits into the machine.
         """
-        if request.solver == "adaptive":  # its steps follow the worst picture of a batch
-            return 1
         one = self.picture_bytes(request.width, request.height)
         total = total_memory(device)
         if one + _CHUNK_BYTES > total:
@@ -175,6 +175,8 @@ class Planner:
                 f"and {device} has {total / 1e9:.0f} GB",
                 hint="draw a smaller one",
             )
+        if request.solver == "adaptive":  # its steps follow the worst picture of a batch
+            return 1
         if wanted is not None:
             return wanted
         most = min(MAX_BATCH, total // 4 // one)

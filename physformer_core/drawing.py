@@ -73,6 +73,7 @@ class Circumstances:
             "dtype": self.dtype,
             "steps_per_level": list(steps),
             "guidance_interval": list(request.guidance_interval),
+            "detail": request.detail,
             "torch": str(torch.__version__),
             "kernels": kernels_of(self.device, self.dtype),
         }
@@ -214,11 +215,14 @@ def requests_from_metadata(metadata: PictureMetadata, source: str) -> tuple[list
     try:
         steps = parse_steps(",".join(str(count) for count in extra["steps_per_level"]))
         low, high = extra.get("guidance_interval", (0.0, 1.0))
+        detail = float(extra.get("detail", 1.0))  # pictures from before there was a choice
         resolve_size(width=metadata.width, height=metadata.height)
         batch = extra.get(
             "batch", {"position": 0, "pictures": [{"seed": metadata.seed, "index": metadata.image_index}]}
         )
         position, pictures = batch["position"], batch["pictures"]
+        if len(pictures) > _MAX_REDRAWN_BATCH:
+            raise ValueError(f"{len(pictures)} pictures in one batch")
         assert metadata.width and metadata.height and metadata.solver and metadata.guidance is not None
         requests = [
             PictureRequest(
@@ -230,12 +234,13 @@ def requests_from_metadata(metadata: PictureMetadata, source: str) -> tuple[list
                 steps=steps if isinstance(steps, tuple) else (steps,),
                 guidance=float(metadata.guidance),
                 guidance_interval=(float(low), float(high)),
+                detail=detail,
                 solver=metadata.solver,
                 negative_prompt=metadata.negative_prompt or None,
             )
             for one in pictures
         ]
-        own = requests[_whole(position, min(len(requests), _MAX_REDRAWN_BATCH) - 1)]
+        own = requests[_whole(position, len(requests) - 1)]
         own.settings()
         if (own.prompt, own.seed, own.index) != (metadata.prompt, metadata.seed, metadata.image_index):
             raise ValueError("its batch does not hold it")

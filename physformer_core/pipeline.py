@@ -15,9 +15,10 @@ from torch import Tensor
 
 from physformer_core.codec import Codec, load_codec
 from physformer_core.config import FlowConfig
-from physformer_core.errors import ConfigError, PromptError, SizeError
+from physformer_core.errors import ConfigError, DeviceError, PromptError, SizeError
 from physformer_core.flow import DEFAULT_GUIDANCE
 from physformer_core.flow.guidance import Guidance
+from physformer_core.flow.path import LAST_MOMENT
 from physformer_core.flow.pyramid import LevelSize, Pyramid, picture_noise
 from physformer_core.flow.solver import SolverSettings, integrate, steps_per_level
 from physformer_core.model.transformer import EncodedPrompt, PhysFormerTransformer2DModel
@@ -306,7 +307,12 @@ class PhysFormerPipeline(DiffusionPipeline):
             scale = guidance.at(time, size.level)
             if scale != 1:
                 prediction = guidance.combine(prediction, predict(z, t, unconditional), scale)
-            return prediction if path.prediction == "velocity" else path.velocity_of_sample(prediction, z, t)
+            if path.prediction == "velocity":
+                if coarse is None or guidance.detail == 1:
+                    return prediction
+                t = t.clamp(min=LAST_MOMENT)  # at the very start some paths' velocities say nothing of the sample
+                prediction = path.sample_of_velocity(prediction, z, t)
+            return path.velocity_of_sample(guidance.sharpen(prediction, coarse), z, t)
 
         def report(index: int, time: float, z: Tensor) -> None:
             if on_step is not None:
@@ -315,7 +321,16 @@ class PhysFormerPipeline(DiffusionPipeline):
         return integrate(velocity, pyramid.start(coarse, noise), settings, report)
 
     def postprocess(self, field: Tensor, height: int, width: int, output_type: str = "pil") -> Any:
-        """Decodes a padded field and cuts the picture out of it."""
+        """Decodes a padded field and cuts the picture out of it.
+
+        Raises:
+            DeviceError: It is not finite.
+        """
+        if not torch.isfinite(field).all():
+            raise DeviceError(
+                f"the picture's numbers left the range of {str(self.transformer.dtype).removeprefix('torch.')}",
+                hint="draw it with --dtype fp32 or bf16 (torch_dtype)",
+            )
         pictures = self.codec.decode(field.float())[:, :, :height, :width]
         if output_type == "pt":
             return pictures

@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "height": Setting(int, 720, "pixels"),
         "steps": Setting(int, 24, "steps of the solver at the coarsest level"),
         "guidance": Setting(float, 2.0, "how strongly to follow the prompt"),
+        "detail": Setting(float, 1.1, "how much detail finer levels add"),
         "solver": Setting(str, "heun", "the solver of the flow"),
         "negative_prompt": Setting(str, "blurry", "what to keep out of the picture"),
         "num_images": Setting(int, 1, "pictures per prompt"),

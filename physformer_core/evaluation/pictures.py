@@ -86,6 +86,11 @@ class PictureSource(ABC):
         )
 
 
+def _is_picture(name: Path, path: Path) -> bool:
+    """Whether a file is one of a folder's pictures; hidden ones are what other programs keep, or half of one."""
+    return not any(part.startswith(".") for part in name.parts) and name.suffix.lower() in SUFFIXES and path.is_file()
+
+
 class FolderPictures(PictureSource):
     """Every picture in a folder and below it, in the order of their names.
 
@@ -98,7 +103,7 @@ class FolderPictures(PictureSource):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        self._files = sorted(path for path in folder.rglob("*") if _is_picture(path.relative_to(folder), path))
         self.count = len(self._files)
         if not self._files:
             raise DataError(f"{folder} holds no pictures", hint="pictures are " + ", ".join(SUFFIXES))
@@ -296,6 +301,7 @@ def drawing_recipe(
         "sizes": [f"{width}x{height}" for width, height in sizes[:8]] + (["..."] if len(sizes) > 8 else []),
         "steps": [len(level.evaluations) for level in planner.levels(max(requests, key=lambda r: r.width * r.height))],
         "guidance": first.guidance,
+        "detail": first.detail,
         "solver": first.solver,
         "seeds": sorted({request.seed for request in requests})[:8],
         "indices": [min(request.index for request in requests), max(request.index for request in requests)],

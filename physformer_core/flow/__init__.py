@@ -3,5 +3,9 @@
 DEFAULT_STEPS = (10, 2, 2, 1)
 """Steps at levels 0, 1, 2 and from 3 on; prompt accuracy is as good with half of them (docs/results.md)."""
 
+DEFAULT_DETAIL = 1.1
+"""Factor of the detail that finer levels add: with it the shipped checkpoint's edges have the power of real scenes'
+(docs/results.md)."""
+
 DEFAULT_GUIDANCE = 1.5
 """Guidance at level 0: the shipped checkpoint's scores and pictures were compared at 1 to 4 (docs/results.md)."""

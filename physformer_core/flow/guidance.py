@@ -1,4 +1,8 @@
-"""Classifier-free guidance as a function of time (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598)."""
+"""Guidance: predictions carried further than the network goes, away from what it predicts knowing less.
+
+Of the prompt that is classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598). At finer levels
+what is known without the network is the blurred coarser picture, and away from that goes `Guidance.sharpen`.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,17 @@ import torch
 from torch import Tensor
 
 from physformer_core.errors import ConfigError
-from physformer_core.flow import DEFAULT_GUIDANCE
+from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
 
 Shape = Literal["constant", "linear", "cosine"]
+
+MAX_DETAIL = 2.0
+"""Beyond it levels, which build on one another, only amplify their errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """How strongly the prompt is followed, and when.
+    """How strongly the prompt is followed, and when; and how much detail is added.
 
     Args:
         scale: 1 follows the conditional prediction alone; more pushes away from the unconditional one.
@@ -27,6 +34,8 @@ class Guidance:
         rescale: 0 to 1: how far the guided sample's contrast is brought back to the conditional one's
             (Lin et al. 2023, https://arxiv.org/abs/2305.08891).
         fine_levels: Whether finer levels are guided too, at twice their cost.
+        detail: Factor of the detail that finer levels add to the coarser picture. Where a network is not sure of an
+            edge it predicts the mean of what it may be, which is softer than any: 1 leaves it so, more sharpens.
     """
 
     scale: float = DEFAULT_GUIDANCE
@@ -34,6 +43,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
     fine_levels: bool = False
+    detail: float = DEFAULT_DETAIL
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or self.scale < 0:
@@ -44,6 +54,11 @@ class Guidance:
             raise ConfigError(f"guidance interval {self.interval} is not within 0 to 1, rising")
         if not 0 <= self.rescale <= 1:
             raise ConfigError(f"guidance rescale {self.rescale} is outside 0 to 1")
+        if not 0 <= self.detail <= MAX_DETAIL:
+            raise ConfigError(
+                f"detail {self.detail} is outside 0 to {MAX_DETAIL:g}",
+                hint=f"1 is what the network predicts, {DEFAULT_DETAIL:g} the default; from 1.2 on edges get halos",
+            )
 
     def at(self, t: float, level: int = 0) -> float:
         """The scale at flow time t; 1 means that the unconditional prediction is not needed."""
@@ -60,3 +75,8 @@ class Guidance:
             ratio = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True).clamp_min(1e-6)
             guided = guided * torch.lerp(torch.ones_like(ratio), ratio, self.rescale)
         return guided
+
+    def sharpen(self, sample: Tensor, coarse: Tensor | None) -> Tensor:
+        """A finer level's predicted sample with `detail` times what it adds to the blurred field ``coarse``; both
+        [B, C, H, W]. At level 0, where that is None, the sample itself."""
+        return sample if coarse is None or self.detail == 1 else torch.lerp(coarse, sample, self.detail)

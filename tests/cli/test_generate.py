@@ -20,7 +20,7 @@ from physformer_core.batching import PictureRequest, Planner, parse_interval, pa
 from physformer_core.checkpoints import find_checkpoint, load_pipeline
 from physformer_core.drawing import draw_batch
 from physformer_core.errors import ConfigError, DeviceError, OutputError
-from physformer_core.flow import DEFAULT_GUIDANCE
+from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
 from physformer_core.metadata import read_metadata
 from physformer_core.output_names import OutputNames, slug
 from physformer_core.project import Project
@@ -57,6 +57,7 @@ def test_a_picture_and_what_it_tells(generate, tiny_checkpoint):
     assert (told.steps, told.guidance, told.solver, told.run) == (2, DEFAULT_GUIDANCE, "euler", None)
     assert told.checkpoint == "tiny" and told.checkpoint_sha256 == find_checkpoint(tiny_checkpoint).sha256
     assert told.extra["dtype"] in ("fp32", "bf16") and told.extra["steps_per_level"] == [2, 1, 1]
+    assert told.extra["detail"] == DEFAULT_DETAIL
     assert (
         Image.open(file)
         .text["parameters"]
@@ -102,11 +103,18 @@ def test_seeds_times_images(generate):
     assert last_run().seeds == [6]
 
 
+def test_detail(generate):
+    Path("physformer.toml").write_text("[generate]\ndetail = 1.3\n")
+    sharper, softer = generate("a cat", "-o", "13.png"), generate("a cat", "--detail", "1", "-o", "10.png")
+    assert [read_metadata(one.files[0]).extra["detail"] for one in (sharper, softer)] == [1.3, 1.0]
+    assert (pixels(sharper.files[0]) != pixels(softer.files[0])).any()
+
+
 def test_preview(generate):
     ending = generate("a cat", "-n", "2", "--preview", "-o", "cat.png", "--res", "260x140", size=("--steps", "1"))
     assert ending.code == 0 and [str(file) for file in ending.files] == ["cat.png", "cat_1.png"]
     assert {"cat_level0.png", "cat_1_level0.png"} < set(everything())
-    assert Image.open("cat_level0.png").size == (45, 24) and Image.open("cat_1_level2.png").size == (145, 78)
+    assert Image.open("cat_level0.png").size == (45, 24) and Image.open("cat_1_level2.png").size == (179, 96)
     assert len(last_run().outputs) == 8  # no preview of the last level, which is the picture
     assert read_metadata("cat_level0.png").extra["preview_of_level"] == 0
     plain = generate("a cat", "-n", "2", "-o", "plain.png", "--res", "260x140", size=("--steps", "1"))
@@ -253,6 +261,8 @@ def test_prompts_from_standard_input(generate, monkeypatch):
         (["a cat", "--device", "cuda:99"], "does not exist"),
         (["a cat", "--dtype", "fp7"], "unknown dtype"),
         (["a cat", "--preview", "--res", "32x32"], "no effect"),
+        (["a cat", "--detail", "1.2", "--res", "32x32"], "no effect"),
+        (["a cat", "--detail", "3"], "outside 0 to 2"),
         (["a cat", "-o", "cat.jpg"], "PNG"),
         (["a cat", "-o", "{nonsense}.png"], "unknown field"),
         (["a cat", "-o", "{seed.__class__}.png"], "unknown field"),
@@ -376,8 +386,9 @@ def test_batches_hold_what_can_be_drawn_together(tiny_checkpoint, monkeypatch):
     one = planner.picture_bytes(1280, 720)
     assert planner.batch_limit(small, gpu) == 64
     assert planner.batch_limit(PictureRequest("a", 0, 0, 1280, 720), gpu) == min(64, 4 * 2**30 // one)
-    with pytest.raises(DeviceError):
-        planner.batch_limit(PictureRequest("a", 0, 0, 16384, 16384), cpu)
+    for solver in ("euler", "adaptive"):
+        with pytest.raises(DeviceError):
+            planner.batch_limit(PictureRequest("a", 0, 0, 16384, 16384, solver=solver), cpu)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])

@@ -14,7 +14,7 @@ from physformer_core.metadata import read_metadata
     [
         ("-n", "3", "--res", "150x130", "--steps", "3,2"),
         ("--negative-prompt", "a dog", "--guidance", "2.5", "--guidance-interval", "0.1,0.7", "--solver", "heun",
-         "--res", "101x67", "--steps", "2"),
+         "--res", "101x67", "--steps", "2", "--detail", "1.4"),
         ("--solver", "adaptive", "--res", "40x24", "--seed", "18446744073709551615"),
         ("--dtype", "bf16", "--res", "64x64", "--steps", "2", "--guidance", "1"),
     ],
@@ -85,8 +85,13 @@ def test_from_other_kernels_warns(generate, monkeypatch):
         ({"extra": {}}, "does not say enough"),
         ({"extra": {"steps_per_level": [10**9]}}, "cannot be followed"),
         ({"extra": {"steps_per_level": 3}}, "cannot be followed"),
+        ({"extra": {"steps_per_level": [2], "detail": -1}}, "cannot be followed"),
         ({"extra": {"steps_per_level": [2], "batch": {"position": 5, "pictures": []}}}, "cannot be followed"),
         ({"extra": {"steps_per_level": [2], "batch": 7}}, "cannot be followed"),
+        (
+            {"extra": {"steps_per_level": [2], "batch": {"position": 0, "pictures": [{"seed": 0, "index": 0}] * 1025}}},
+            "1025 pictures in one batch",
+        ),
         ({"extra": {"steps_per_level": [2], "preview_of_level": 0}}, "is a preview of level 0"),
         ({"extra": {"steps_per_level": [2], "dtype": "fp7"}}, "unknown dtype"),
         ({"prompt": "a bird " * 40}, "tokens"),

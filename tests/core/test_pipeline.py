@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from physformer_core.codec import AutoencoderCodec
-from physformer_core.errors import ConfigError, PromptError, SizeError
+from physformer_core.errors import ConfigError, DeviceError, PromptError, SizeError
 from physformer_core.flow import DEFAULT_STEPS
 from physformer_core.flow.guidance import Guidance
 from physformer_core.flow.solver import steps_per_level
@@ -144,6 +145,40 @@ def test_guidance(pipeline: PhysFormerPipeline) -> None:
     assert np.abs(negative - guided).max() > 2 / 255
     # Guidance away from the prompt itself leads nowhere.
     assert np.abs(draw(pipeline, negative_prompt="a bird in a cage") - plain).max() <= 1 / 255
+
+
+def test_detail_is_what_finer_levels_add(pipeline: PhysFormerPipeline) -> None:
+    levels: list[torch.Tensor] = []
+    size = pipeline.level_sizes(64, 64)[1]
+
+    def detail_of(factor: float) -> torch.Tensor:
+        """What level 1 adds to level 0, in one step."""
+        levels.clear()
+        draw(
+            pipeline, height=64, width=64, num_inference_steps=[2, 1], guidance=Guidance(scale=1.0, detail=factor),
+            callback_on_level_end=lambda event: levels.append(event.field),
+        )  # fmt: skip
+        coarse, fine = levels
+        return fine - pipeline.pyramid.coarse_for(coarse, size)
+
+    plain = detail_of(1.0)
+    assert plain.std() > 0.01 and detail_of(0.0).abs().max() < 1e-5
+    assert torch.allclose(detail_of(1.5), 1.5 * plain, atol=1e-5)
+    # A network that predicts velocities is sharpened by way of the sample that they lead to.
+    pipeline.flow = dataclasses.replace(pipeline.flow, prediction="velocity")
+    plain = detail_of(1.0)
+    assert plain.std() > 0.01 and torch.allclose(detail_of(1.5), 1.5 * plain, atol=2e-3)
+
+
+def test_a_picture_that_is_not_finite_is_refused(pipeline: PhysFormerPipeline) -> None:
+    with torch.no_grad():
+        bias = pipeline.transformer.final_layer.proj_out.bias
+        before = bias.clone()
+        bias.fill_(float("nan"))
+    with pytest.raises(DeviceError, match="left the range of float32"):
+        draw(pipeline)
+    with torch.no_grad():
+        bias.copy_(before)
 
 
 def test_prompts_are_encoded_once_and_alone(pipeline: PhysFormerPipeline) -> None:
@@ -293,7 +328,7 @@ def test_golden_values(pipeline: PhysFormerPipeline) -> None:
             parameter.copy_(((index * 1.7 + number).sin() * 0.4 * fan**-0.5).float().reshape(parameter.shape))
     golden = PhysFormerPipeline(model.eval(), text_encoder_name="words")
     golden._text_encoder = WordEncoder()
-    picture = draw(golden, "a bird in a cage", output_type="pt", seeds=[7], guidance=4.0)[0]
+    picture = draw(golden, "a bird in a cage", output_type="pt", seeds=[7], guidance=Guidance(scale=4.0, detail=1.0))[0]
     assert torch.allclose(picture[:, 40, 60:64].flatten(), torch.tensor(GOLDEN), atol=1e-4), picture[:, 40, 60:64]
     assert picture.square().mean().sqrt().item() == pytest.approx(GOLDEN_RMS, abs=1e-4)
 

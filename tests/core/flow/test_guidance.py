@@ -50,9 +50,20 @@ def test_rescale_brings_the_contrast_back_picture_by_picture() -> None:
     assert torch.isfinite(Guidance(rescale=1.0).combine(still, still, 4.0)).all()
 
 
+def test_detail_is_carried_away_from_the_coarser_picture() -> None:
+    torch.manual_seed(0)
+    coarse, sample = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)
+    for detail in (0.0, 0.5, 1.0, 1.1, 2.0):
+        sharpened = Guidance(detail=detail).sharpen(sample, coarse)
+        assert torch.allclose(sharpened, coarse + detail * (sample - coarse), atol=1e-6)
+    assert Guidance(detail=1.0).sharpen(sample, coarse) is sample
+    assert Guidance(detail=2.0).sharpen(sample, None) is sample, "level 0 has nothing to be carried away from"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"detail": -0.1}, {"detail": 2.1}, {"detail": float("nan")},
         {"scale": -1.0}, {"scale": float("nan")}, {"scale": float("inf")}, {"shape": "square"}, {"rescale": 1.5},
         {"interval": (0.8, 0.2)}, {"interval": (-0.1, 0.5)}, {"interval": (0.0, 1.1)},
     ],
