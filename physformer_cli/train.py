@@ -245,7 +245,10 @@ def train(
             project=wandb_project or run.settings.get("wandb_project"),
         )
         device = device or run.settings.get("device", "auto")
-        result = _train(run, resolved, data, folder, device, resume, init_from, watch)
+        from physformer_core.files import sole_writer
+
+        with sole_writer(folder) if is_main() else contextlib.nullcontext():
+            result = _train(run, resolved, data, folder, device, resume, init_from, watch)
         if as_json:
             console.print_json(result)
         if result.get("passed") is False:

@@ -24,7 +24,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from physformer_core.errors import CheckpointError, DeviceError, PhysFormerError
+from physformer_core.errors import CheckpointError, ConfigError, DeviceError, PhysFormerError
 from physformer_core.files import sha256_file
 from physformer_core.lora import ScaledAdapter, merge_adapters
 
@@ -163,6 +163,8 @@ def load_pipeline(
     import torch
 
     found = checkpoint if isinstance(checkpoint, Checkpoint) else find_checkpoint(checkpoint)
+    if adapters:
+        refuse_adapters(found)
     with paused_collector():
         from physformer_core.config import FlowConfig
         from physformer_core.hardware import keep_freed_memory
@@ -192,6 +194,19 @@ def load_pipeline(
         flow=flow,
         prompt_tokens=found.prompt_tokens,
     )
+
+
+def refuse_adapters(checkpoint: Checkpoint) -> None:
+    """Raises if nothing can be added to a checkpoint's weights.
+
+    Raises:
+        ConfigError: They are quantized.
+    """
+    if checkpoint.quantization is not None:
+        raise ConfigError(
+            f"{checkpoint.name} is quantized: an adapter cannot be added to its weights",
+            hint="name the checkpoint that it was made of",
+        )
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -126,6 +126,38 @@ def _system_error(error: Exception) -> OSError | None:
     return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing into the same folder meanwhile.
+
+    A folder that is not there is made, and removed again if nothing came into it.
+    The lock is the kernel's: of a process that was killed nothing stays but an empty file.
+
+    Raises:
+        OutputError: One is writing it, or it cannot be written.
+    """
+    import filelock
+
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise OutputError(f"{folder} is being written by another process", hint="wait until it is done") from error
+    except OSError as error:
+        raise output_error(folder, error) from error
+    try:
+        yield
+    finally:
+        # While it is held, so that nobody has just taken what goes.
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink()
+            if made:
+                folder.rmdir()
+        lock.release()
+
+
 def next_free_name(path: str | Path, *, claim: bool = True) -> Path:
     """Returns `path`, or the first of `stem_1.suffix`, `stem_2.suffix`, ... that does not exist.
 

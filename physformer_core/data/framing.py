@@ -274,6 +274,13 @@ def open_bitmap(encoded: bytes) -> Image.Image:
 def _plain(image: Image.Image, grey: bool) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:  # nearly every one
         return image
+    if image.mode == "I":  # 32 bits: what writes these means 16
+        low, high = image.getextrema()
+        if not 0 <= int(low) <= int(high) <= 0xFFFF:  # type: ignore[arg-type]
+            raise UnusablePicture(f"has values from {low} to {high}, more than 16 bits")
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise UnusablePicture("has pixels that are not whole numbers")
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

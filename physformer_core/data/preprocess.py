@@ -27,12 +27,12 @@ from physformer_core.data.set_folder import (
     is_whole,
     read_json,
     remove_half_written,
-    sole_writer,
     write_json,
 )
 from physformer_core.data.shards import chunk_record, write_shards
 from physformer_core.data.workers import Progress
 from physformer_core.errors import ConfigError, DataError
+from physformer_core.files import sole_writer
 
 __all__ = ["PreprocessConfig", "preprocess"]
 
@@ -87,11 +87,12 @@ def preprocess(
     try:
         field = field_of(config.codec, device or "cpu")
         key = _key(config, source["sha256"], fingerprint, field)
-        done = _finished_manifest(output, key, overwrite=overwrite)
-        if done is not None and not _missing_files(output, done):
-            return {**done, "fresh": False}
-        write_json(partial / "key.json", {"format": SHARDS_FORMAT, "key": key})
+        if (whole := _finished_manifest(output, key)) is not None and not _missing_files(output, whole):
+            return {**whole, "fresh": False}
         with sole_writer(output):
+            done = _finished_manifest(output, key)  # once more, as another process may have finished it meanwhile
+            _make_way(output, key, overwrite=overwrite)
+            write_json(partial / "key.json", {"format": SHARDS_FORMAT, "key": key})
             remove_half_written(output)
             if done is not None:
                 _reopen(output, done)
@@ -112,9 +113,9 @@ def preprocess(
             if not any(shard["kind"] == "base" for shard in manifest["shards"]):
                 raise DataError(f"no example of {raw} could be used: {manifest['refused']['examples']}")
             write_json(output / "manifest.json", manifest, indent=1)
+            shutil.rmtree(partial, ignore_errors=True)
     finally:
         loaded_codec.cache_clear()
-    shutil.rmtree(partial, ignore_errors=True)
     return {**manifest, "fresh": True}
 
 
@@ -148,19 +149,27 @@ def _read_raw_manifest(raw: Path) -> dict[str, Any]:
     return manifest
 
 
-def _finished_manifest(output: Path, key: str, *, overwrite: bool) -> dict[str, Any] | None:
-    """The manifest of a set with this key, if it was finished. A set with another key is refused or removed."""
-    manifest_path, partial_path = output / "manifest.json", output / PARTIAL / "key.json"
-    found = read_json(manifest_path) if manifest_path.is_file() else None
+def _finished_manifest(output: Path, key: str) -> dict[str, Any] | None:
+    """The manifest of a set with this key, if it was finished.
+
+    Raises:
+        DataError: The folder holds a set of another kind.
+    """
+    path = output / "manifest.json"
+    found = read_json(path) if path.is_file() else None
     if found is not None and found.get("format") != SHARDS_FORMAT:
         raise DataError(
             f"{output} holds a set of the format {found.get('format')!r}", hint="choose another output folder"
         )
-    if found is not None and found.get("key") == key:
-        return found
-    started = read_json(partial_path) if found is None and partial_path.is_file() else found
-    if started is None or started.get("key") == key:
-        return None
+    return found if found is not None and found.get("key") == key else None
+
+
+def _make_way(output: Path, key: str, *, overwrite: bool) -> None:
+    """Removes a set with another key, finished or begun, or refuses to; for who alone writes the folder."""
+    manifest_path, partial_path = output / "manifest.json", output / PARTIAL / "key.json"
+    there = next((path for path in (manifest_path, partial_path) if path.is_file()), None)
+    if there is None or read_json(there).get("key") == key:
+        return
     if not overwrite:
         raise DataError(
             f"{output} holds a set made with another configuration, source or text encoder",
@@ -171,7 +180,6 @@ def _finished_manifest(output: Path, key: str, *, overwrite: bool) -> dict[str, 
         for path in output.glob(pattern):
             path.unlink()
     shutil.rmtree(output / PARTIAL, ignore_errors=True)
-    return None
 
 
 def _missing_files(output: Path, manifest: dict[str, Any]) -> list[str]:

@@ -1,17 +1,14 @@
-"""The folder of a set while it is made: its formats, its records, a lock, and what a killed run leaves."""
+"""The folder of a set while it is made: its formats, its records, and what a killed run leaves."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from physformer_core.errors import DataError
-from physformer_core.files import atomic_write, output_error
+from physformer_core.files import atomic_write
 
 RAW_FORMAT = "physformer-raw/1"
 """Pictures as they are, with captions: what `data fetch` writes."""
@@ -61,23 +58,3 @@ def remove_half_written(folder: Path) -> None:
     """Removes what a killed run left: files that were never renamed into place."""
     for path in folder.rglob(".*.tmp.*"):
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing the same set meanwhile.
-
-    Raises:
-        DataError: One is writing it.
-        OutputError: The folder cannot be written.
-    """
-    path = folder / PARTIAL / "lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(folder / "manifest.json", error) from error
-    try:
-        with filelock.FileLock(path, timeout=0):
-            yield
-    except filelock.Timeout as error:
-        raise DataError(f"{folder} is being written by another process", hint="wait until it is done") from error

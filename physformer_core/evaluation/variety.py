@@ -24,6 +24,7 @@ resize or JPEG leave between two files of one picture."""
 
 THUMBNAIL = 160
 _SCENES_OFFSET = 3_000_000
+_SAME_SHAPE = 0.02  # ratio of the aspects, in logarithms
 _BLOCK = 4096
 
 
@@ -112,8 +113,12 @@ def level_0_group(shards: ShardSet, aspect: float) -> Group:
         raise DataError(f"{shards.folder} holds latents", hint="copies are looked for among pixels; name such a set")
     groups = [group for group in shards.groups("base", "train") if group.count]
     nearest = min(groups, key=lambda group: abs(np.log(group.size[1] / group.size[0] / aspect)), default=None)
-    if nearest is None or abs(np.log(nearest.size[1] / nearest.size[0] / aspect)) > 0.1:
-        raise DataError(f"{shards.folder} has no whole pictures of this shape", hint="choose another --size")
+    if nearest is None or abs(np.log(nearest.size[1] / nearest.size[0] / aspect)) > _SAME_SHAPE:
+        shapes = sorted({f"{8 * group.size[1]}x{8 * group.size[0]}" for group in groups})
+        raise DataError(
+            f"{shards.folder} has no whole pictures of this shape, and stretched ones are no copies",
+            hint="--size " + " or ".join(shapes),
+        )
     return nearest
 
 

@@ -92,9 +92,14 @@ class QuantizedWeight:
             dtype: What the network computes in.
 
         Raises:
-            ConfigError: torchao is missing or has another layout.
+            ConfigError: torchao is missing or has another layout, or it is a number format that they do not fit.
         """
         columns = self.values.shape[1]
+        if self.scheme.bits == 8 and dtype == torch.float16:
+            raise ConfigError(
+                "weights of 8 bits are scaled after the product, which leaves the range of fp16",
+                hint="--dtype fp32 or bf16",
+            )
         if self.scheme.bits == 4:
             intx = torchao_module("quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor")
             made: Tensor = intx.IntxUnpackedToInt8Tensor(

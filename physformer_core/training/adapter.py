@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from physformer_core.checkpoints import Checkpoint, load_pipeline
+from physformer_core.checkpoints import Checkpoint, load_pipeline, refuse_adapters
 from physformer_core.config import RunConfig, TrainConfig
 from physformer_core.errors import CheckpointError, ConfigError
 from physformer_core.lora import TARGETS, require_peft
@@ -35,10 +35,11 @@ def adapted_model(config: RunConfig, checkpoint: Checkpoint) -> PhysFormerTransf
         checkpoint: Whose averaged weights stay as they are.
 
     Raises:
-        ConfigError: PEFT is not installed.
+        ConfigError: PEFT is not installed, or the weights are quantized.
         CheckpointError: The weights cannot be read.
     """
     require_peft()
+    refuse_adapters(checkpoint)
     model = load_pipeline(checkpoint, dtype=torch.float32).transformer
     put_adapter(model, config.training)
     return model.train()

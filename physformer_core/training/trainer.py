@@ -352,6 +352,11 @@ class Trainer:
         check_resumed_adapter(str(source), state.metadata, self.config, self.adapter)
         if state.metadata["config"]["model"] != self.config.to_dict()["model"]:
             raise CheckpointError(f"'{source}' has another model configuration", hint="resume with the same preset")
+        if state.metadata["config"]["flow"] != self.config.to_dict()["flow"]:
+            raise CheckpointError(
+                f"'{source}' was trained with another [flow]",
+                hint="resume with the same one, or start a new run from its weights with --init-from",
+            )
         return state
 
     def request_stop(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from physformer_core.config import load_preset
-from physformer_core.files import sha256_file
+from physformer_core.files import sha256_file, sole_writer
 from physformer_core.project import Project
 from physformer_core.training import trainer as trainer_module
 
@@ -78,6 +78,14 @@ def test_a_second_run_into_the_same_folder(train, tmp_path):
     assert code == 0 and "run/checkpoints-earlier-1" in err
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
     assert (tmp_path / "run" / "checkpoints-earlier-1" / "step-00000002" / "state.json").exists()
+
+
+def test_two_runs_into_the_same_folder_at_once(train, tmp_path):
+    with sole_writer(tmp_path / "run"):
+        code, _, err = train("--steps", 2)
+    assert code == 1 and "error: run is being written by another process" in err.splitlines()
+    assert train("--steps", 2)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "log.jsonl"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -185,6 +185,10 @@ def test_a_picture_with_an_adapter_is_made_again(train, physformer, tiny_checkpo
     assert code == 1 and "one.png was made with the adapter run/step-00000001" in err and "hint: name it: --lora" in err
     assert physformer(*again, "--lora", "run")[0] == 0
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert physformer(*draw, "--lora", "run:1.5", "--lora", "run:0.5", "-o", "twice.png")[0] == 0
+    twice = ("generate", "--from", "twice.png", "--checkpoint", tiny_checkpoint, "--lora", "run", "-o", "again.png")
+    assert physformer(*twice)[0] == 0
+    assert (tmp_path / "twice.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     code, _, err = physformer("generate", "a dog", "--lora", "run", "-W", 64, "-H", 64)
     assert code == 1 and "does not fit nano: it changes blocks.0." in err and "--checkpoint" in err
     code, _, err = physformer(*draw, "--lora", "nowhere")

@@ -133,6 +133,7 @@ def test_foreign_files(tmp_path):
         ("[]", "not valid"),
         ('{"prompt": "a"}', "not valid"),
         ('{"format": "physformer-png/9", "prompt": "a"}', "physformer-png/9"),
+        ("[" * 100_000, "not valid"),
         (json.dumps({"format": FORMAT}), "wrong prompt"),
         (json.dumps({"format": FORMAT, "prompt": "a", "seed": "x"}), "wrong seed"),
     ],

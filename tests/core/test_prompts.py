@@ -69,6 +69,7 @@ def test_bad_lines_are_told_and_good_ones_kept(tmp_path):
         ({"prompt": "  "}, "not blank"),
         ({"prompt": 3}, "prompt must be text"),
         ({"prompt": "a\0b"}, "prompt must be text"),
+        ('{"prompt": "\\ud800 dog"}', "prompt must be text"),
         ({"prompt": "a", "seed": -1}, "seed must be"),
         ({"prompt": "a", "seed": 2**64}, "seed must be"),
         ({"prompt": "a", "seed": True}, "seed must be"),

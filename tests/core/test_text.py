@@ -99,9 +99,18 @@ def test_similar_prompts_have_similar_pooled_vectors(minilm: text.TextEncoder) -
     assert cat @ kitten > 0.7 > cat @ ship
 
 
-@pytest.mark.parametrize("prompt", ["", "   ", "\u200b"])
-def test_an_empty_prompt_is_refused(minilm: text.TextEncoder, prompt: str) -> None:
-    with pytest.raises(PromptError, match="empty"):
+def test_what_the_encoder_does_not_know_is_told() -> None:
+    prompts = ["a cat", "a \N{CAT FACE} on the grass", "\N{CAT FACE} \N{DOG FACE}"]
+    assert [count == 0 for count in count_prompt_tokens(prompts)] == [False, False, True]
+    assert text.unknown_parts(prompts) == ["\N{CAT FACE}", "\N{DOG FACE}"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [("", "empty"), ("   ", "empty"), ("\u200b", "nothing that the text"), ("\N{CAT FACE}", "nothing that the text")],
+)
+def test_an_empty_prompt_is_refused(minilm: text.TextEncoder, prompt: str, words: str) -> None:
+    with pytest.raises(PromptError, match=words):
         minilm.encode(["a cat", prompt])
     assert minilm.token_count(prompt) == 0
 

@@ -92,8 +92,8 @@ class TableReader(Reader):
     def _candidates(self, start: int) -> Iterator[Candidate]:
         number, stop = 0, self.count()
         assert stop is not None
-        wanted = [name.partition(".")[0] for name in (self._columns.image, *self._columns.captions)]
-        wanted += [self._columns.label] if self._columns.label is not None else []
+        named = [self._columns.image, *self._columns.captions, *filter(None, [self._columns.label])]
+        wanted = list(dict.fromkeys(name.partition(".")[0] for name in named))
         for table in self._tables:
             if number + table.rows <= start:
                 number += table.rows

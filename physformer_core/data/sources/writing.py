@@ -26,14 +26,13 @@ from physformer_core.data.set_folder import (
     is_whole,
     read_json,
     remove_half_written,
-    sole_writer,
     write_json,
 )
 from physformer_core.data.sources.base import Candidate, Part, Reader, cut
 from physformer_core.data.sources.verification import Refused, verify_captions, verify_picture
 from physformer_core.data.workers import run_stream
 from physformer_core.errors import DataError
-from physformer_core.files import atomic_write, sha256_file
+from physformer_core.files import atomic_write, sha256_file, sole_writer
 
 # Raise it whenever the same source would give other bytes.
 FETCH_VERSION = 1
@@ -345,13 +344,13 @@ def _records(output: Path) -> dict[int, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _claimed(output: Path) -> Iterator[None]:
-    try:
-        with sole_writer(output):
+    with sole_writer(output):
+        try:
             yield
-    except BaseException:
-        if not (output / PARTIAL / "source.json").exists():  # refused before anything was begun
-            shutil.rmtree(output / PARTIAL, ignore_errors=True)
-        raise
+        except BaseException:
+            if not (output / PARTIAL / "source.json").exists():  # refused before anything was begun
+                shutil.rmtree(output / PARTIAL, ignore_errors=True)
+            raise
 
 
 def _finish(reader: Reader, output: Path, source: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from physformer_core.data.examples import chances, make_examples
 from physformer_core.data.inspection import inspect_raw_set
 from physformer_core.data.preprocess import PreprocessConfig, preprocess
 from physformer_core.data.scenes import render_svg
-from physformer_core.errors import ConfigError, DataError
-from physformer_core.files import sha256_file
+from physformer_core.errors import ConfigError, DataError, OutputError
+from physformer_core.files import sha256_file, sole_writer
 
 Make = Callable[..., dict[str, Any]]
 Write = Callable[[Path, list[list[dict[str, Any]]]], Path]
@@ -164,6 +164,12 @@ def test_a_set_of_another_configuration_is_refused_then_replaced(
         preprocess(raw_set, folder, config=other)
     assert "another output folder" in str(error.value.hint)
     assert contents(folder) == contents(shard_folder)
+    with (
+        sole_writer(folder),
+        pytest.raises(OutputError, match="being written by another process"),
+    ):
+        preprocess(raw_set, folder, config=other, overwrite=True)
+    assert contents(folder) == contents(shard_folder), "nothing goes while another process writes"
     preprocess(raw_set, folder, config=other, overwrite=True)
     assert not list(folder.glob("crop-*"))
     with pytest.raises(DataError, match="physformer-raw/1"):

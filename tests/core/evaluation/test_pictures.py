@@ -29,6 +29,10 @@ def test_a_folder_and_its_hash(folder):
     assert open_source(folder).recipe()["sha256"] == before
     Image.new("RGB", (9, 9)).save(folder / "renamed.png")
     assert open_source(folder).recipe()["sha256"] != before
+    (folder / ".half.0123.tmp.png").write_bytes(b"what a killed process left")
+    (folder / ".hidden").mkdir()
+    Image.new("RGB", (9, 9)).save(folder / ".hidden" / "a.png")
+    assert open_source(folder).count == 12
     (folder / "bad.png").write_text("text")
     with pytest.raises(DataError, match=r"bad\.png cannot be decoded"):
         list(open_source(folder))

@@ -55,3 +55,7 @@ def test_copies_are_found_and_others_are_not(scene_set):
 def test_a_shape_that_the_set_has_not(scene_set):
     with pytest.raises(DataError, match="no whole pictures of this shape"):
         level_0_group(ShardSet(scene_set), 9.0)
+    group = level_0_group(ShardSet(scene_set), 1.0)
+    aspect = group.size[1] / group.size[0]
+    with pytest.raises(DataError, match="stretched ones are no copies"):
+        level_0_group(ShardSet(scene_set), 1.05 * aspect)

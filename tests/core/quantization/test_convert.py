@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from physformer_core.checkpoints import find_checkpoint, load_pipeline
+from physformer_core.config import load_preset
 from physformer_core.errors import CheckpointError, ConfigError, OutputError
+from physformer_core.lora import Adapter, ScaledAdapter
 from physformer_core.pipeline import PhysFormerPipeline
 from physformer_core.quantization.calibration import ActivationSample, output_error, quantize_weight
 from physformer_core.quantization.convert import (
@@ -25,6 +27,7 @@ from physformer_core.quantization.convert import (
 )
 from physformer_core.quantization.measure import compare_checkpoints, measure_sensitivity
 from physformer_core.quantization.storage import LayerScheme
+from physformer_core.training.adapter import adapted_model
 
 SMALL: dict[str, Any] = {"size": 64, "steps": 2, "prompts": ("a cat", "a red car")}
 
@@ -156,6 +159,15 @@ def test_what_brings_nothing_is_refused(
         quantize(found, QuantizeSettings(**SMALL, keep=("nothing.*",)))
     with pytest.raises(OutputError, match="exists already"):
         write_quantized(found, quantize(found, QuantizeSettings(**SMALL)), tiny_checkpoint)
+
+
+def test_nothing_is_added_to_quantized_weights(made: Callable[..., Path], checkpoint_folder: Path) -> None:
+    pytest.importorskip("peft")
+    adapter = ScaledAdapter(cast(Adapter, None), 1.0)  # refused before it is looked at
+    with pytest.raises(ConfigError, match="is quantized: an adapter cannot be added"):
+        load_pipeline(made(bits=8), adapters=[adapter])
+    with pytest.raises(ConfigError, match="is quantized: an adapter cannot be added"):
+        adapted_model(load_preset("debug").override("training", lora_rank=2), find_checkpoint(made(bits=8)))
 
 
 def test_a_loader_that_knows_nothing_of_it_does_not_draw_noise(made: Callable[..., Path]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from physformer_core.errors import CheckpointError
+from physformer_core.errors import CheckpointError, ConfigError
 from physformer_core.quantization.calibration import group_size, quantize_weight
 from physformer_core.quantization.storage import (
     FORMAT,
@@ -64,6 +64,13 @@ def test_torchao_computes_with_what_was_stored(scheme: LayerScheme, activations:
     assert float((found - wanted).norm() / wanted.norm()) < tolerance
     if activations == "int8":  # they are really rounded
         assert float((found - wanted).norm() / wanted.norm()) > 1e-4
+
+
+@pytest.mark.parametrize(("scheme", "activations"), [(EIGHT, "float"), (DYNAMIC, "int8")])
+def test_eight_bits_are_not_for_fp16(scheme: LayerScheme, activations: str) -> None:
+    tensors = {f"a.{name}": tensor for name, tensor in quantize_weight(weight(), scheme).stored().items()}
+    with pytest.raises(ConfigError, match="leaves the range of fp16"):
+        restore(tensors, description(8, activations), torch.float16)
 
 
 def test_a_row_of_zeros_stays_zero() -> None:

@@ -195,6 +195,9 @@ def test_resume_refuses_what_belongs_elsewhere(scene_set, straight, tmp_path):
     config = load_preset("debug").override("model", num_layers=1)
     with pytest.raises(CheckpointError, match="another model configuration"):
         Trainer(config, scene_set, tmp_path, device="cpu").resume(straight)
+    config = load_preset("debug").override("flow", prediction="velocity")
+    with pytest.raises(CheckpointError, match=r"another \[flow\]"):
+        Trainer(config, scene_set, tmp_path, device="cpu").resume(straight)
 
 
 def test_damaged_checkpoints_are_refused(scene_set, final, tmp_path):

@@ -173,6 +173,19 @@ def test_tables(tmp_path: Path, make_picture: Make, rows_of: Rows, kind: str, sm
     assert same(tmp_path / "raw", tmp_path / "twice")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_class_inside_of_json(tmp_path: Path, make_picture: Make, rows_of: Rows, kind: str) -> None:
+    texts = [json.dumps({"prompt": f"number {i}", "label": i % 2}) for i in range(4)]
+    rows = pa.table({"image": [{"bytes": make_picture(i), "path": None} for i in range(4)], "json": texts})
+    if kind == "parquet":
+        pq.write_table(rows, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_file(tmp_path / "a.arrow", rows.schema) as writer:
+            writer.write_table(rows)
+    get("parquet", tmp_path / f"a.{kind}", tmp_path / "raw", caption_column=["json.prompt"], label_column="json.label")
+    assert [row["class_label"] for row in rows_of(tmp_path / "raw")] == [0, 1, 0, 1]
+
+
 def test_tables_that_are_no_use(tmp_path: Path, make_picture: Make) -> None:
     rows = table(make_picture, 2)
     pq.write_table(rows, tmp_path / "a.parquet")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from physformer_core.data.framing import open_bitmap
+from physformer_core.data.framing import UnusablePicture, open_bitmap
 from physformer_core.data.sources.verification import Refused, verify_captions, verify_picture
 
 Make = Callable[..., bytes]
@@ -110,6 +110,11 @@ def test_wide_integers_are_stored_as_they_look() -> None:
     found = verify_picture(saved(Image.fromarray(ramp), "TIFF"))
     assert "stored as RGB PNG" in found.notes
     assert np.array_equal(np.asarray(open_bitmap(found.image))[..., 1], ramp >> 8)
+    # As they are, where nothing has verified them: a folder that is evaluated.
+    assert np.array_equal(np.asarray(open_bitmap(saved(Image.fromarray(ramp), "TIFF")))[..., 1], ramp >> 8)
+    for other in (ramp + 1, (ramp / 0xFFFF).astype(np.float32)):
+        with pytest.raises(UnusablePicture, match=r"more than 16 bits|not whole numbers"):
+            open_bitmap(saved(Image.fromarray(other), "TIFF"))
 
 
 def test_cmyk_with_a_profile_is_stored_in_its_colours() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from physformer_core.data.preprocess import PreprocessConfig, preprocess
 from physformer_core.data.sources import fetch
-from physformer_core.errors import ConfigError, DataError
+from physformer_core.errors import ConfigError, DataError, OutputError
 from physformer_core.files import sha256_file
 
 Make = Callable[..., bytes]
@@ -137,7 +137,7 @@ def test_a_folder_that_has_changed_is_noticed(make_picture: Make, tmp_path: Path
 def test_two_at_once_do_not_mix(photos: Path, tmp_path: Path, small_parts: None) -> None:
     def again(done: int, total: int | None) -> None:
         if done:
-            with pytest.raises(DataError, match="being written by another process"):
+            with pytest.raises(OutputError, match="being written by another process"):
                 get(photos, tmp_path / "raw")
 
     get(photos, tmp_path / "raw", progress=again)
