@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,28 @@ def test_which_level(tmp_path: Path) -> None:
     assert [line.split("top-1")[0].strip() for line in done.stdout.splitlines()] == [
         "drawn from level 0", "drawn from level 1",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_whole_way_goes_on_where_it_was(tmp_path: Path) -> None:
+    script, told = EXAMPLES / "train_nano.sh", {"PRESET": "debug", "SCENES": "60", "BATCH": "4", "PROMPTS": "0"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def trained(**more: str) -> str:
+        environment = os.environ | told | {"PATH": path, **more}
+        done = subprocess.run(
+            ["bash", str(script), "out"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stderr
+
+    trained(STEPS="3")
+    first = (tmp_path / "out" / "checkpoint" / "model_index.json").stat().st_mtime_ns
+    assert "nothing to do" in trained(STEPS="3")
+    assert (tmp_path / "out" / "checkpoint" / "model_index.json").stat().st_mtime_ns == first
+    shutil.rmtree(tmp_path / "out" / "checkpoint")
+    assert "going on from" in trained(STEPS="5", DEVICE="cpu")
+    steps = sorted(path.name for path in (tmp_path / "out" / "run" / "checkpoints").iterdir())
+    assert steps[-1] == "step-00000005" and (tmp_path / "out" / "checkpoint" / "model_index.json").exists()
 
 
 def test_slurm_script(tmp_path: Path) -> None:
