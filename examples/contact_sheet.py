@@ -6,6 +6,7 @@ python examples/contact_sheet.py docs/images/contact-sheet.png --size 448x256 --
 import argparse
 from pathlib import Path
 
+from physformer_core.batching import parse_steps
 from physformer_core.checkpoints import load_pipeline
 from physformer_core.data.contact_sheet import Exhibit, draw_sheet, write_sheet
 from physformer_core.data.scenes import FAMILIAR_PROMPTS
@@ -20,9 +21,8 @@ def main() -> None:
     parser.add_argument("--size", default="448x256", help="WIDTHxHEIGHT")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... for each prompt")
     parser.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE)
-    parser.add_argument("--steps", help="N, or N,N,... for levels 0, 1, ...")
+    parser.add_argument("--steps", type=parse_steps, help="N, or N,N,... for levels 0, 1, ...")
     options = parser.parse_args()
-    steps = None if options.steps is None else [int(number) for number in options.steps.split(",")]
     width, height = map(int, options.size.split("x"))
 
     device = resolve_device("auto")
@@ -31,7 +31,12 @@ def main() -> None:
     for prompt in FAMILIAR_PROMPTS:
         for seed in range(options.seeds):
             drawn = pipeline(
-                prompt, height=height, width=width, seeds=seed, guidance=options.guidance, num_inference_steps=steps
+                prompt,
+                height=height,
+                width=width,
+                seeds=seed,
+                guidance=options.guidance,
+                num_inference_steps=options.steps,
             )
             exhibits.append(Exhibit(drawn.images[0], prompt, f"seed {seed}"))
     write_sheet(draw_sheet(exhibits, columns=options.seeds, size=max(width, height)), options.output)

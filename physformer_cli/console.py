@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _PLAIN_INTERVAL_SECONDS = 10.0
+_LEAST_ROOM = 8  # characters of a table's last column, below which it is not worth cutting
 
 # Options that several commands share.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -75,33 +76,38 @@ def print_json(value: Any) -> None:
 def print_table(
     names: Sequence[str], rows: Sequence[Sequence[str]], *, styles: Mapping[str, str] | None = None
 ) -> None:
-    """Prints a table on standard output: fitted to a terminal by cutting the last column, whole into a pipe.
+    """Prints a table on standard output: whole into a pipe; fitted to a terminal by cutting the last column, or, where
+    that would leave nothing of it, wrapped as the terminal does.
 
     Args:
         names: The columns' headings.
         rows: The cells.
         styles: Rich styles for cells that have exactly this text.
     """
+    lines = [names, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
     if not sys.stdout.isatty():
-        lines = [names, *rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
         for line in lines:
             cells = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
             sys.stdout.write("  ".join(cells).rstrip() + "\n")
         return
 
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, name in enumerate(names):
-        last = column == len(names) - 1
-        least = None if last else max(len(row[column]) for row in [names, *rows])
-        table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=least)
-    for row in rows:
-        table.add_row(*(Text(cell, style=(styles or {}).get(cell, "")) for cell in row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    room = console.width - sum(width + 2 for width in widths[:-1])
+    for number, line in enumerate(lines):
+        text = Text(style="bold" if number == 0 else "")
+        for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            if column == len(names) - 1:
+                width = len(cell)
+                if len(cell) > room >= _LEAST_ROOM:
+                    cell = cell[: room - 1] + "…"
+            style = (styles or {}).get(line[column], "") if number else ""
+            text.append(cell, style).append(" " * (width - len(cell) + 2))
+        text.rstrip()
+        console.print(text, soft_wrap=True)
 
 
 def human_size(count: float) -> str:

@@ -438,6 +438,10 @@ def bench(
     from physformer_core.project import recorded_run
 
     chosen, counts = _numbers("--sides", sides, int), _numbers("--memory", memory, int)
+    if not (chosen or counts or scenes or folder):
+        from physformer_core.errors import ConfigError
+
+        raise ConfigError("nothing to measure", hint="name --sides, --scenes, --folder or --memory")
     with recorded_run("data bench", record=not no_record, notify=console.say) as run:
         folders = folder or []
         run.config = {"sides": chosen, "scenes": scenes, "folder": folders, "count": count, "memory": counts}

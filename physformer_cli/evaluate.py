@@ -20,6 +20,7 @@ from physformer_cli.evaluate_common import (
     OutputOption,
     SeedOption,
     StepsOption,
+    check_png,
     load_drawn,
     load_features,
     make_requests,
@@ -292,6 +293,7 @@ def prompts(
     width, height = pixels_of(size)
     ranks = _pair_ranks(pairs, held_out_pairs)
     with recorded_run("eval prompts", record=not no_record, notify=console.say) as run:
+        check_png(contact_sheet, "--contact-sheet")
         found = find_checkpoint(checkpoint)
         from physformer_core.data.contact_sheet import sheet_size, write_sheet
         from physformer_core.evaluation.gallery import load_gallery

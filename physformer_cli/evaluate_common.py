@@ -51,6 +51,14 @@ OutputOption = Annotated[
 ]
 
 
+def check_png(path: Path | None, option: str) -> None:
+    """Refuses a file of another kind than the picture that is to be written, before anything is drawn."""
+    from physformer_core.errors import OutputError
+
+    if path is not None and path.suffix.lower() != ".png":
+        raise OutputError(f"{option} is a PNG file, not {path.name!r}", hint=f"{option} {path.with_suffix('.png')}")
+
+
 def pixels_of(size: str) -> tuple[int, int]:
     """Width and height of `--size`: a side, or what `--res` takes."""
     from physformer_core.resolution import resolve_size

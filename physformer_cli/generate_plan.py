@@ -286,7 +286,9 @@ def _requests(
     seeds = parse_seeds(options.seed or [str(settings.get("seed", 0))])
     sizes = {key: settings.get(key) for key in ("width", "height", "res", "aspect")}
     default_size = resolve_size(**sizes, default=DEFAULT_SIZE)
-    asked = {"width": options.width, "height": options.height, "res": options.res, "aspect": options.aspect}
+    asked = _with_settings_beside(
+        {"width": options.width, "height": options.height, "res": options.res, "aspect": options.aspect}, sizes
+    )
     command_size = resolve_size(**asked, default=default_size)  # type: ignore[arg-type]
     steps_text = options.steps if options.steps is not None else settings.get("steps")
     steps = parse_steps(str(steps_text)) if steps_text is not None else None
@@ -406,6 +408,18 @@ def _again(
         for one in requests
     ]
     return pictures, {position}, circumstances, adapters
+
+
+def _with_settings_beside(asked: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """What was asked of the size, and what the settings say of the rest of it: the aspect of a named resolution, or the
+    height to a width."""
+    only = [key for key, value in asked.items() if value is not None]
+    beside = {"width": "height", "height": "width"}
+    if only == ["res"] and "x" not in asked["res"].lower():
+        return asked | {"aspect": settings["aspect"]}
+    if len(only) == 1 and only[0] in beside:
+        return asked | {beside[only[0]]: settings[beside[only[0]]]}
+    return asked
 
 
 def _adapters_again(recorded: list[dict[str, Any]], given: list[ScaledAdapter], source: Path) -> list[ScaledAdapter]:

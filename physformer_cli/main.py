@@ -158,6 +158,8 @@ def _exit_code(command: object, arguments: Sequence[str] | None) -> int:
         assert callable(command)
         command(args=None if arguments is None else list(arguments), prog_name="physformer")
     except SystemExit as ending:
+        if isinstance(ending.__context__, OSError) and ending.__context__.errno == errno.EPIPE:
+            return _silence_stdout()  # typer makes an error of a reader that has seen enough
         if isinstance(ending.code, int) or ending.code is None:
             return ending.code or 0
         console.error(str(ending.code))

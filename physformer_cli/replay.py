@@ -104,7 +104,7 @@ def replay_arguments(record: RunRecord, folder: Path) -> list[str]:
 
     Args:
         record: The run; `record.replay.output_option` has the option's spellings.
-        folder: Where the output goes; made here, with a folder of the output's name in it if that names a folder.
+        folder: Where the output goes; made here. A folder of the output's name is the command's to make.
     """
     spellings = record.replay.output_option
     arguments: list[str] = []
@@ -122,7 +122,7 @@ def replay_arguments(record: RunRecord, folder: Path) -> list[str]:
         else:
             arguments.append(argument)
     target = folder / Path(record.replay.output).name
-    (target if record.replay.output_is_folder else folder).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     value = f"{target}{os.sep}" if record.replay.output_is_folder else str(target)
     return [*arguments, spellings[0], value, *record.replay.pinned, *rest]
 

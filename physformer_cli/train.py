@@ -326,7 +326,7 @@ def _train(
         console.say(f"nothing to do: {folder} has all its {trainer.step} steps")
     else:
         took = console.human_time(time.monotonic() - began)
-        console.say(f"wrote {checkpoint}: {trainer.step} steps, {took}")
+        console.say(f"wrote {checkpoint}: {trainer.step - first_step} steps, {took}")
     return {
         **_judged(trainer, outcome.finished),
         "output": str(folder),
@@ -355,6 +355,8 @@ def _start(trainer: Trainer, resume: str | None) -> Path | None:
         console.say(f"no checkpoint in {trainer.checkpoint_dir}: starting from step 0")
         return None
     console.say(f"going on from {source}")
+    if trainer.later is not None:
+        console.say(f"later checkpoints are in {trainer.later} now")
     return source
 
 

@@ -177,6 +177,8 @@ class TrainConfig:
         for name in ("weight_decay", "keep_every", "seed", "sample_every", "lora_rank"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed must be below 2^63, not {self.seed}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be within 0 and 1, not {getattr(self, name)}")

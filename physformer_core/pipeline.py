@@ -66,7 +66,7 @@ class PhysFormerPipeline(DiffusionPipeline):
         prompt_tokens: Longest prompt in tokens that the network was trained on; longer ones are refused.
 
     Example:
-        >>> from physformer_core import PhysFormerPipeline
+        >>> from physformer_core import PhysFormerPipeline, shipped_checkpoint
         >>> pipeline = PhysFormerPipeline.from_pretrained(shipped_checkpoint())
         >>> pipeline("a bird in a cage", height=720, width=1280, seeds=[7]).images[0].save("bird.png")
     """
@@ -327,9 +327,12 @@ class PhysFormerPipeline(DiffusionPipeline):
             DeviceError: It is not finite.
         """
         if not torch.isfinite(field).all():
+            name = str(self.transformer.dtype).removeprefix("torch.")
             raise DeviceError(
-                f"the picture's numbers left the range of {str(self.transformer.dtype).removeprefix('torch.')}",
-                hint="draw it with --dtype fp32 or bf16 (torch_dtype)",
+                f"the picture's numbers left the range of {name}",
+                hint="the weights are spoilt, as after a learning rate that was too high"
+                if name == "float32"
+                else "draw it with --dtype fp32 or bf16 (torch_dtype)",
             )
         pictures = self.codec.decode(field.float())[:, :, :height, :width]
         if output_type == "pt":

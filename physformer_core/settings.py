@@ -40,7 +40,7 @@ _DTYPES = ("auto", "fp32", "bf16", "fp16")
 SETTINGS: dict[str, dict[str, Setting]] = {
     "generate": {
         "checkpoint": Setting(
-            str, "runs/nano/checkpoint", "folder of a checkpoint; the shipped one if not set", path=True
+            str, "runs/nano", "folder of a checkpoint or a run; the shipped one if not set", path=True
         ),
         "res": Setting(str, "720p", "360p 480p 720p 1080p 1440p 4k 8k or WIDTHxHEIGHT"),
         "aspect": Setting(str, "16:9", "width:height"),

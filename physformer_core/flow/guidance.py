@@ -47,7 +47,7 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or self.scale < 0:
-            raise ConfigError(f"guidance {self.scale} is not a number from 0 up", hint="1 is off; 1.5 to 6 is usual")
+            raise ConfigError(f"guidance {self.scale} is not a number from 0 up", hint="1 is off; 1.5 to 4 is usual")
         if self.shape not in ("constant", "linear", "cosine"):
             raise ConfigError(f"unknown guidance shape '{self.shape}'", hint="constant, linear or cosine")
         if not 0 <= self.interval[0] < self.interval[1] <= 1:

@@ -192,6 +192,7 @@ class Trainer:
             self.samples = SampleGrid(self.pipeline, self.shards, train, self.output_dir / "samples")
         self.step = 0
         self.skipped = 0
+        self.later: Path | None = None  # where `resume` has put checkpoints of later steps
         self._bad_in_a_row = 0
         self._stop = False
         self._stopped = False
@@ -327,7 +328,7 @@ class Trainer:
         self.step, self.skipped = step, int(metadata["skipped"])
         with self.ranks.together():
             if self.ranks.is_main:
-                set_aside(self.checkpoint_dir, self.step)
+                self.later = set_aside(self.checkpoint_dir, self.step)
         return found
 
     def _checkpoint_of(self, source: str | Path) -> Path | None:

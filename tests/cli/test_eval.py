@@ -187,6 +187,8 @@ def test_features_that_are_not_there(physformer, folders, monkeypatch, tmp_path)
 def test_prompts(physformer, tiny_features, tiny_checkpoint):
     arguments = ("eval", "prompts", "--checkpoint", tiny_checkpoint, "--num", 4, "--relations", 7, "--phrased", 3,
                  "--size", 32, "--steps", 1)  # fmt: skip
+    code, _, err = physformer(*arguments, "--contact-sheet", "sheet.jpg")
+    assert code == 1 and "--contact-sheet is a PNG file, not 'sheet.jpg'" in err
     code, out, err = physformer(*arguments, "--json", "--contact-sheet", "sheet.png", "-o", "prompts.json")
     assert code == 0, err
     shown = json.loads(out)

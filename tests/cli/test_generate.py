@@ -103,6 +103,18 @@ def test_seeds_times_images(generate):
     assert last_run().seeds == [6]
 
 
+def test_settings_beside_what_is_asked_of_the_size(generate):
+    def size(settings, *options):
+        Path("physformer.toml").write_text(f"[generate]\n{settings}\n")
+        one = json.loads(generate("a cat", "--dry-run", "--json", *options, size=()).out)["pictures"][0]
+        return one["width"], one["height"]
+
+    assert size('aspect = "9:16"', "--res", "720p") == (720, 1280)
+    assert size('aspect = "9:16"', "--res", "720p", "--aspect", "1:1") == (720, 720)
+    assert size('aspect = "9:16"', "--res", "100x50") == (100, 50)
+    assert size("width = 1000", "--height", "500") == (1000, 500)
+
+
 def test_detail(generate):
     Path("physformer.toml").write_text("[generate]\ndetail = 1.3\n")
     sharper, softer = generate("a cat", "-o", "13.png"), generate("a cat", "--detail", "1", "-o", "10.png")

@@ -1,5 +1,6 @@
 """The command itself: help without heavy imports, errors as one line and a hint, exit codes."""
 
+import errno
 import os
 import re
 import signal
@@ -143,7 +144,15 @@ def test_an_unexpected_error_says_where_to_report(app, capfd):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(("fault", "code"), [(KeyboardInterrupt(), 130), (typer.Exit(3), 3), (BrokenPipeError(), 0)])
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (typer.Exit(3), 3),
+        (BrokenPipeError(), 0),
+        (OSError(errno.EPIPE, "Broken pipe"), 0),
+    ],
+)
 def test_other_endings(app, capfd, monkeypatch, fault, code):
     @app.command()
     def go():
@@ -282,6 +291,19 @@ def test_json_on_an_ascii_terminal_is_escaped(tmp_path):
     assert "V\\u00f6gel" in ending.stdout
 
 
+def test_a_table_that_does_not_fit_loses_nothing(monkeypatch):
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "20")
+    console.print_table(("ID", "STATUS", "WHAT"), [("abcdef", "finished", "a whole sentence")])
+    assert "a whole sentence" in sys.stdout.getvalue() and "finished" in sys.stdout.getvalue()
+
+
 def test_a_table_on_a_terminal_fits_it(monkeypatch):
     import io
 
@@ -296,4 +318,5 @@ def test_a_table_on_a_terminal_fits_it(monkeypatch):
     console.print_table(("ID", "STATUS", "WHAT"), [("abcdef", "ok", "[b]x[/b] " * 9)], styles={"ok": "green"})
     head, row = sys.stdout.getvalue().splitlines()
     assert "STATUS" in head and "abcdef" in row and "[b]x" in row and "\x1b[32mok" in row
-    assert len(re.sub(r"\x1b\[[0-9;]*m", "", row)) <= 30
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", row)
+    assert len(shown) == 30 and shown.endswith("…")

@@ -162,7 +162,7 @@ def test_init_from(train, tmp_path, capfd):
         (["--optimizer", "sgd"], "unknown optimizer 'sgd'"),
         (["--config", "my.toml"], "--preset and --config are both given"),
         (["--resume", "run/x", "--init-from", "y"], "--init-from has no effect"),
-        (["--resume", "nowhere"], "cannot read checkpoint 'nowhere'"),
+        (["--resume", "nowhere"], "there is no checkpoint 'nowhere'"),
         (["--init-from", "nowhere"], "cannot start from 'nowhere'"),
         (["--data-dir", "nowhere"], "nowhere has no manifest.json"),
         (["--device", "abacus"], "unknown device 'abacus'"),

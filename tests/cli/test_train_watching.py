@@ -175,6 +175,12 @@ def test_an_adapter_from_training_to_pictures(train, physformer, tiny_checkpoint
     assert code == 0 and out == "agrees: 1 of 1 outputs have the same bytes\n"
 
 
+def test_an_export_is_made_again(physformer, tiny_checkpoint):
+    assert physformer("export", tiny_checkpoint, "--output", "out")[0] == 0
+    code, out, err = physformer("runs", "replay", "last")
+    assert code == 0 and out.startswith("agrees: "), err
+
+
 def test_a_picture_with_an_adapter_is_made_again(train, physformer, tiny_checkpoint, tmp_path):
     pytest.importorskip("peft")
     assert train("--steps", 1, "--lora-rank", 2, "--init-from", tiny_checkpoint, "--lr", 0.5)[0] == 0
