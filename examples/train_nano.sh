@@ -27,7 +27,8 @@ physformer train --preset "${PRESET:-nano}" --data-dir "$folder/set" --output "$
     ${STEPS:+--steps "$STEPS"} ${BATCH:+--batch-size "$BATCH"} ${CROP_FRACTION:+--crop-fraction "$CROP_FRACTION"} \
     ${EMA:+--ema-decay "$EMA"} ${INIT:+--init-from "$INIT"}
 
-[ -d "$folder/checkpoint" ] || physformer export "$folder/run" --output "$folder/checkpoint"
+rm -rf "$folder/checkpoint" # of fewer steps, perhaps
+physformer export "$folder/run" --output "$folder/checkpoint"
 
 if [ "${PROMPTS:-100}" -gt 0 ]; then
     physformer eval prompts --checkpoint "$folder/checkpoint" --num "${PROMPTS:-100}" --relations $((${PROMPTS:-100} / 2)) \
