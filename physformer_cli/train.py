@@ -245,10 +245,8 @@ def train(
             project=wandb_project or run.settings.get("wandb_project"),
         )
         device = device or run.settings.get("device", "auto")
-        from physformer_core.files import sole_writer
-
-        with sole_writer(folder) if is_main() else contextlib.nullcontext():
-            result = _train(run, resolved, data, folder, device, resume, init_from, watch)
+        with contextlib.ExitStack() as held:
+            result = _train(run, resolved, data, folder, device, resume, init_from, watch, held)
         if as_json:
             console.print_json(result)
         if result.get("passed") is False:
@@ -265,12 +263,13 @@ def _train(
     resume: str | None,
     init_from: Path | None,
     watch: Watch,
+    held: contextlib.ExitStack,
 ) -> dict[str, Any]:
-    """Trains, and returns what there is to say about it."""
+    """Trains, and returns what there is to say about it. The run's folder stays locked as long as ``held`` is open."""
     import time
 
     from physformer_core.errors import OutputError
-    from physformer_core.files import sha256_file
+    from physformer_core.files import sha256_file, sole_writer
     from physformer_core.hardware import matrix_peak
     from physformer_core.training.checkpoint import list_checkpoints, step_of, weights_file
     from physformer_core.training.trainer import Trainer
@@ -286,6 +285,9 @@ def _train(
     # An adapter is trained beside the weights it began with, also when it is gone on with.
     start = init_from if config.training.lora_rank or not (earlier and resume == "auto") else None
     trainer = Trainer(config, data, folder, device=device, init_from=start, ranks=ranks())
+    with trainer.ranks.together():
+        if main:
+            held.enter_context(sole_writer(folder))
     if main:
         trainer.matrix_peak = matrix_peak(trainer.device, trainer.dtype)
     run.device = _device_name(trainer)

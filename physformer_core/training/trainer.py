@@ -495,7 +495,10 @@ class Trainer:
 
     def _draw_samples(self, grid: SampleGrid) -> None:
         # Every rank draws, as each may hold but a part of the network.
-        pictures = grid.draw(self.ema, self.gradients.autocast())
+        try:
+            pictures = grid.draw(self.ema, self.gradients.autocast())
+        except DeviceError:  # spoilt weights have no pictures; whether they end the run is for the losses to say
+            return
         with self.ranks.together():
             if self.ranks.is_main:
                 path = grid.write(pictures, self.step)

@@ -165,7 +165,7 @@ def test_a_finished_run_has_nothing_to_do(scene_set, straight, tmp_path):
 def test_resume_without_a_checkpoint(scene_set, tmp_path):
     trainer = make(scene_set, tmp_path)
     assert trainer.resume("auto") is None and trainer.step == 0
-    with pytest.raises(CheckpointError, match="cannot read checkpoint"):
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
         trainer.resume(tmp_path / "none")
 
 
