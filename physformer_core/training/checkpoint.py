@@ -236,11 +236,9 @@ def load_training_state(path: Path) -> TrainingState:
     Raises:
         CheckpointError: If it is missing, incomplete, truncated or of another format.
     """
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint '{path}'", hint="name a run's folder, or a step-NNNNNNNN in it")
     try:
-        if not path.is_dir():
-            raise CheckpointError(
-                f"there is no checkpoint '{path}'", hint="name a run's folder, or a step-NNNNNNNN in it"
-            )
         metadata = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"'{path}' has format {metadata.get('format')!r}", hint=f"expected {FORMAT}")

@@ -351,13 +351,9 @@ class Trainer:
                 f"'{source}' was trained on other data", hint="use --init-from to start a new run from its weights"
             )
         check_resumed_adapter(str(source), state.metadata, self.config, self.adapter)
-        if state.metadata["config"]["model"] != self.config.to_dict()["model"]:
-            raise CheckpointError(f"'{source}' has another model configuration", hint="resume with the same preset")
-        if state.metadata["config"]["flow"] != self.config.to_dict()["flow"]:
-            raise CheckpointError(
-                f"'{source}' was trained with another [flow]",
-                hint="resume with the same one, or start a new run from its weights with --init-from",
-            )
+        before, now = state.metadata["config"], self.config.to_dict()
+        if other := [part for part in ("model", "flow") if before[part] != now[part]]:
+            raise CheckpointError(f"'{source}' has another {other[0]} configuration", hint="resume with the same preset")
         return state
 
     def request_stop(self) -> None:

@@ -1,6 +1,7 @@
 """The command itself: help without heavy imports, errors as one line and a hint, exit codes."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -291,13 +292,12 @@ def test_json_on_an_ascii_terminal_is_escaped(tmp_path):
     assert "V\\u00f6gel" in ending.stdout
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_a_table_that_does_not_fit_loses_nothing(monkeypatch):
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     monkeypatch.setattr("sys.stdout", Terminal())
     monkeypatch.setenv("COLUMNS", "20")
     console.print_table(("ID", "STATUS", "WHAT"), [("abcdef", "finished", "a whole sentence")])
@@ -305,12 +305,6 @@ def test_a_table_that_does_not_fit_loses_nothing(monkeypatch):
 
 
 def test_a_table_on_a_terminal_fits_it(monkeypatch):
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     monkeypatch.setattr("sys.stdout", Terminal())
     monkeypatch.setenv("COLUMNS", "30")
     monkeypatch.setenv("TERM", "xterm")

@@ -196,7 +196,7 @@ def test_resume_refuses_what_belongs_elsewhere(scene_set, straight, tmp_path):
     with pytest.raises(CheckpointError, match="another model configuration"):
         Trainer(config, scene_set, tmp_path, device="cpu").resume(straight)
     config = load_preset("debug").override("flow", prediction="velocity")
-    with pytest.raises(CheckpointError, match=r"another \[flow\]"):
+    with pytest.raises(CheckpointError, match="another flow configuration"):
         Trainer(config, scene_set, tmp_path, device="cpu").resume(straight)
 
 
