@@ -353,7 +353,8 @@ class Trainer:
         check_resumed_adapter(str(source), state.metadata, self.config, self.adapter)
         before, now = state.metadata["config"], self.config.to_dict()
         if other := [part for part in ("model", "flow") if before[part] != now[part]]:
-            raise CheckpointError(f"'{source}' has another {other[0]} configuration", hint="resume with the same preset")
+            hint = "resume with the same preset"
+            raise CheckpointError(f"'{source}' has another {other[0]} configuration", hint=hint)
         return state
 
     def request_stop(self) -> None:
