@@ -51,6 +51,25 @@ def test_a_batch_depends_on_seed_and_step_alone(shards: ShardSet, shard_folder: 
     assert not all(torch.equal(other.batch(s).indices, batches[s].indices) for s in range(30))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_makes_batches_computes_alone_and_nobody_else_does(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+
+        def make(number: int) -> int:
+            torch.ones(100_000).add_(1)  # a thread learns how many helpers it has when it first computes
+            return torch.get_num_threads()
+
+        made = made_ahead(make, 0, ahead=6, threads=threads)
+        assert [next(made) for _ in range(9)] == [1] * 9
+        assert torch.get_num_threads() == 2 and torch.__config__.parallel_info().count("get_num_threads() : 2") == 1
+        made.close()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_batches_made_ahead_are_the_batches_by_step(shards: ShardSet) -> None:
     stream = BatchStream(shards, **OPTIONS)
     expected = [stream.batch(step) for step in range(7, 12)]
