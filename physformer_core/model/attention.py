@@ -47,6 +47,7 @@ from physformer_core.model.geometry import (
     window_coordinates,
 )
 from physformer_core.model.native import ops as native
+from physformer_core.model.text_rows import TextRows
 from physformer_core.native.build import switched_off
 
 Backend = Literal["auto", "reference", "dense", "halo", "native", "flex"]
@@ -435,17 +436,20 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
 
         return rotate(query), rotate(key), value
 
-    def encode_text(self, text_states: Tensor, mask: Tensor) -> TextKeyValue:
+    def encode_text(self, text_states: Tensor, mask: Tensor, rows: TextRows | None = None) -> TextKeyValue:
         """Keys and values of the prompt.
 
         Args:
-            text_states: [B, T, text_dim].
+            text_states: [B, T, text_dim], or [1, R, text_dim] of ``rows``.
             mask: Bool [B, T]; False hides a token.
+            rows: Where packed text states stand.
         """
-        batch, tokens, _ = text_states.shape
-        content = self.norm_added_k(self.add_k_proj(text_states).unflatten(-1, (self.heads, -1))).transpose(1, 2)
-        value = self.add_v_proj(text_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        content = content.to(value.dtype)
+        batch, tokens = mask.shape
+        content = self.norm_added_k(self.add_k_proj(text_states).unflatten(-1, (self.heads, -1)))
+        value = self.add_v_proj(text_states).unflatten(-1, (self.heads, -1))
+        if rows is not None:
+            content, value = rows.spread(content), rows.spread(value)
+        content, value = content.transpose(1, 2).to(value.dtype), value.transpose(1, 2)
         altitude = self.text_altitude.float()[None, :, None].expand(batch, -1, tokens)
         altitude = torch.where(mask[:, None], altitude, -FAR).to(content.dtype)
         # One altitude in the pair of slots that the query multiplies by 1/sigma^2 (its high and its low part).

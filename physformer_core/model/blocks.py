@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from physformer_core.model.attention import NORM_EPSILON, AttentionPlan, GainNorm, PhysFormerAttention, TextKeyValue
 from physformer_core.model.fused import ops as fused
 from physformer_core.model.native import ops as native
+from physformer_core.model.text_rows import TextRows
 from physformer_core.model.updates import OPPOSED, TINY, ResidualForm, renormalized_update
 
 FEED_FORWARD_CHUNK = 2048
@@ -55,11 +56,14 @@ class PhysFormerTextBlock(nn.Module):
         self.norm2 = GainNorm(dim)
         self.feed_forward = PhysFormerFeedForward(dim, mlp_ratio)
 
-    def forward(self, text_states: Tensor, mask: Tensor) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]; ``mask`` is bool [B, T]."""
-        q, k, v = self.to_qkv(self.norm1(text_states)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-        text_states = text_states + self.to_out(attended.transpose(1, 2).flatten(2))
+    def forward(self, text_states: Tensor, mask: Tensor, rows: TextRows | None = None) -> Tensor:
+        """[B, T, dim] -> [B, T, dim], or [1, R, dim] of ``rows``; ``mask`` is bool [B, T]."""
+        qkv = self.to_qkv(self.norm1(text_states))
+        if rows is not None:
+            qkv = rows.spread(qkv)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).transpose(1, 2).flatten(2)
+        text_states = text_states + self.to_out(attended if rows is None else rows.pack(attended))
         return text_states + self.feed_forward(self.norm2(text_states))
 
 

@@ -30,6 +30,7 @@ from physformer_core.model.blocks import PhysFormerBlock
 from physformer_core.model.geometry import GEOMETRY_DIM, BlockGrid, place_coordinates, rotary_angles
 from physformer_core.model.refiner import PhysFormerRefiner
 from physformer_core.model.reversible import run_reversibly
+from physformer_core.model.text_rows import TextRows
 from physformer_core.model.updates import ResidualForm, residual_form
 
 
@@ -226,9 +227,9 @@ class FieldNetwork:
         """Every block's attention, in order."""
         return [block.attn for block in self.field_blocks()]
 
-    def encode_text(self, text_states: Tensor, mask: Tensor) -> list[TextKeyValue]:
-        """Every block's keys and values of a prompt: text states [B, T, text_hidden_size], ``mask`` bool [B, T]."""
-        return [attention.encode_text(text_states, mask) for attention in self.attentions()]
+    def encode_text(self, text_states: Tensor, mask: Tensor, rows: TextRows | None = None) -> list[TextKeyValue]:
+        """Every block's keys and values of a prompt; see `PhysFormerAttention.encode_text`."""
+        return [attention.encode_text(text_states, mask, rows) for attention in self.attentions()]
 
     def plan(self, height: int, width: int, origin: tuple[int, int], like: Tensor) -> list[AttentionPlan]:
         """Attention plans of even and odd blocks: the same, but for the grid's shift of half a block."""

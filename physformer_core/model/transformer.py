@@ -22,6 +22,7 @@ from physformer_core.errors import ConfigError
 from physformer_core.model.attention import BACKENDS, Backend, GainNorm, TextKeyValue
 from physformer_core.model.blocks import PhysFormerTextBlock
 from physformer_core.model.network import FieldNetwork, NetworkSizes, PhysFormerBaseNetwork
+from physformer_core.model.text_rows import TextRows
 
 
 @dataclass
@@ -245,15 +246,18 @@ class PhysFormerTransformer2DModel(  # type: ignore[misc]
             prompt_embeds = torch.where(drop[:, None, None], null, prompt_embeds)
             prompt_mask = torch.where(drop[:, None], null_mask, prompt_mask)
             pooled = torch.where(drop[:, None], self.null_pooled.to(pooled.dtype), pooled)
+        rows = TextRows.of(prompt_mask)
+        if rows is not None:
+            prompt_embeds = rows.pack(prompt_embeds)
         text_states = self.text_embed(prompt_embeds.to(self.text_embed.weight.dtype))
         for block in self.text_blocks:
-            text_states = block(text_states, prompt_mask)
+            text_states = block(text_states, prompt_mask, rows)
         text_states = self.text_norm(text_states)
         if self.base is None:
-            pairs = self.encode_text(text_states, prompt_mask)
+            pairs = self.encode_text(text_states, prompt_mask, rows)
             return EncodedPrompt(pairs, pairs, pooled)
-        of_fine = None if base is True else self.encode_text(text_states, prompt_mask)
-        of_base = None if base is False else self.base.encode_text(text_states, prompt_mask)
+        of_fine = None if base is True else self.encode_text(text_states, prompt_mask, rows)
+        of_base = None if base is False else self.base.encode_text(text_states, prompt_mask, rows)
         return EncodedPrompt(of_fine, of_base, pooled)
 
     def forward(

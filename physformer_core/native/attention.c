@@ -5,6 +5,7 @@
 #define GEOMETRY 4        /* dimensions beside the content: y, x, squared distance or altitude, constant */
 #define GROUP (2 * LANES) /* queries that are worked on together, one to a lane */
 #define CHUNK 96          /* keys whose weights and values stay in the first-level cache together */
+#define HIDDEN -4096.0f   /* altitudes below belong to padding: half of -FAR in model/geometry.py */
 
 typedef struct {
     int64_t batch;
@@ -186,9 +187,10 @@ static inline void group_spread(float *const *targets, int dim, const float *wei
 
 /* ---- one head of one block ------------------------------------------------------------------------------------------- */
 
-/* Finds the keys and values of a block's window and of the text; returns how many. */
+/* Finds the keys and values of a block's window and of the text, of which `near` are the window's; returns how many. A
+ * text's padding is left out: its weights would be 0. */
 static int gather_keys(const field *f, const inputs *in, const gradients *back, int64_t picture, int head,
-                       const place *p, const workspace *s) {
+                       const place *p, const workspace *s, int *near) {
     int keys = 0;
     for (int y = p->up; y < p->down; y++) {
         for (int x = p->west; x < p->east; x++, keys++) {
@@ -203,17 +205,20 @@ static int gather_keys(const field *f, const inputs *in, const gradients *back, 
             }
         }
     }
-    for (int t = 0; t < f->text; t++, keys++) {
+    *near = keys;
+    for (int t = 0; t < f->text; t++) {
         int64_t told = ((picture * f->heads + head) * f->text + t) * f->dim;
-        float *geometry = s->geometry + GEOMETRY * keys;
+        /* The third pair of a text's geometry begins with the altitude. */
+        float *geometry = s->geometry + GEOMETRY * keys, altitude = in->text_key[told + f->content + 4];
+        if (altitude < HIDDEN) continue;
         s->key[keys] = in->text_key + told;
         s->value[keys] = in->text_value + told;
-        /* The third pair of a text's geometry begins with the altitude. */
-        geometry[0] = geometry[1] = geometry[3] = 0.0f, geometry[2] = in->text_key[told + f->content + 4];
+        geometry[0] = geometry[1] = geometry[3] = 0.0f, geometry[2] = altitude;
         if (back != NULL) {
             s->grad_key[keys] = back->text_key + told;
             s->grad_value[keys] = back->text_value + told;
         }
+        keys++;
     }
     return keys;
 }
@@ -241,7 +246,7 @@ static int gather_queries(const field *f, const inputs *in, int64_t picture, int
 
 static void attend_block(const field *f, const inputs *in, float *out, float *norm, int64_t picture, int head, place p,
                          const workspace *s) {
-    int keys = gather_keys(f, in, NULL, picture, head, &p, s);
+    int near, keys = gather_keys(f, in, NULL, picture, head, &p, s, &near);
     int count = (p.bottom - p.top) * (p.right - p.left);
     for (int first = 0; first < count; first += GROUP) {
         int64_t token[GROUP];
@@ -277,7 +282,7 @@ static void attend_block(const field *f, const inputs *in, float *out, float *no
  * products that made S (Dao et al. 2022, https://arxiv.org/abs/2205.14135, appendix B). */
 static void attend_block_back(const field *f, const inputs *in, const float *out, const float *norm, const float *grad,
                               const gradients *back, int64_t picture, int head, place p, const workspace *s) {
-    int keys = gather_keys(f, in, back, picture, head, &p, s), near = keys - f->text;
+    int near, keys = gather_keys(f, in, back, picture, head, &p, s, &near);
     int count = (p.bottom - p.top) * (p.right - p.left);
     float sigma = in->sigma[head], inverse = 1.0f / (sigma * sigma);
     int64_t own = picture * f->heads + head;
