@@ -194,7 +194,10 @@ def _show_training(report: Mapping[str, Any]) -> None:
     columns = ("trainer", "parameters", "step", "of which", "images/s", "memory")
     console.print_table(columns[: len(rows[0])], rows)
     ours = report["ours"]
-    tokens = [f"{names[kind]} {seen['picture']:.0f} + {seen['prompt']:.0f}" for kind, seen in report["tokens"].items()]
+    tokens = [
+        f"{names[kind]} {seen['picture']:.0f} + {seen['prompt']:.0f} (with padding {seen['padded']:.0f})"
+        for kind, seen in report["tokens"].items()
+    ]
     ratios = ", ".join(f"{names[kind]} {ratio:.2f}x" for kind, ratio in report["ratio_by_kind"].items())
     typer.echo(
         f"{report['ratio']:.2f}x the images/s ({ratios}); "

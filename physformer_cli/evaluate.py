@@ -20,7 +20,7 @@ from physformer_cli.evaluate_common import (
     OutputOption,
     SeedOption,
     StepsOption,
-    check_png,
+    check_files,
     load_drawn,
     load_features,
     make_requests,
@@ -161,6 +161,7 @@ def fid(
     from physformer_core.project import recorded_run
 
     with recorded_run("eval fid", record=not no_record, notify=console.say) as run:
+        check_files(output)
         found = find_checkpoint(checkpoint) if generated is None and not only_save else None
         from physformer_core.evaluation.clip_score import ClipScorer
         from physformer_core.evaluation.frechet import save_statistics as write_statistics
@@ -293,7 +294,7 @@ def prompts(
     width, height = pixels_of(size)
     ranks = _pair_ranks(pairs, held_out_pairs)
     with recorded_run("eval prompts", record=not no_record, notify=console.say) as run:
-        check_png(contact_sheet, "--contact-sheet")
+        check_files(output, contact_sheet, "--contact-sheet")
         found = find_checkpoint(checkpoint)
         from physformer_core.data.contact_sheet import sheet_size, write_sheet
         from physformer_core.evaluation.gallery import load_gallery
@@ -396,6 +397,7 @@ def reconstruct(
     from physformer_core.project import recorded_run
 
     with recorded_run("eval reconstruct", record=not no_record, notify=console.say) as run:
+        check_files(output)
         from physformer_core.codec import load_codec
         from physformer_core.evaluation.pictures import open_source
         from physformer_core.evaluation.reconstruction import reconstruct as measure

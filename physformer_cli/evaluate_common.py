@@ -51,12 +51,24 @@ OutputOption = Annotated[
 ]
 
 
-def check_png(path: Path | None, option: str) -> None:
-    """Refuses a file of another kind than the picture that is to be written, before anything is drawn."""
-    from physformer_core.errors import OutputError
+def check_files(output: Path | None, picture: Path | None = None, option: str = "") -> None:
+    """Refuses what could not be written at the end, before anything is drawn.
 
-    if path is not None and path.suffix.lower() != ".png":
-        raise OutputError(f"{option} is a PNG file, not {path.name!r}", hint=f"{option} {path.with_suffix('.png')}")
+    Args:
+        output: A file for scores.
+        picture: A file for a picture, which must be a PNG.
+        option: What names the picture.
+    """
+    from physformer_core.errors import OutputError
+    from physformer_core.output_names import check_folder
+
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise OutputError(
+            f"{option} is a PNG file, not {picture.name!r}", hint=f"{option} {picture.with_suffix('.png')}"
+        )
+    for path in (output, picture):
+        if path is not None:
+            check_folder(path.parent, create=False)
 
 
 def pixels_of(size: str) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from physformer_cli.evaluate_common import (
     OutputOption,
     SeedOption,
     StepsOption,
-    check_png,
+    check_files,
     load_drawn,
     load_features,
     make_requests,
@@ -124,7 +124,7 @@ def variety(
 
     width, height = pixels_of(size)
     with recorded_run("eval variety", record=not no_record, notify=console.say) as run:
-        check_png(contact_sheet, "--contact-sheet")
+        check_files(output, contact_sheet, "--contact-sheet")
         found, where = find_checkpoint(checkpoint), resolve_device(device)
         shards = ShardSet(data_dir) if data_dir is not None else None
         group = level_0_group(shards, width / height) if shards is not None else None
@@ -232,7 +232,7 @@ def steps(
     tried = _counts(counts)
     width, height = pixels_of(size)
     with recorded_run("eval steps", record=not no_record, notify=console.say) as run:
-        check_png(plot, "--plot")
+        check_files(output, plot, "--plot")
         found, where = find_checkpoint(checkpoint), resolve_device(device)
         cases = single_cases(num, seed, aspect=width / height, concepts=chosen_concepts(concepts))
         texts = [(case.prompt, width, height) for case in cases]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from physformer_cli import console
-from physformer_cli.evaluate_common import check_png
+from physformer_cli.evaluate_common import check_files
 from physformer_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def scaling(
     from physformer_core.project import recorded_run
 
     with recorded_run("eval scaling", record=not no_record, notify=console.say) as run:
-        check_png(plot, "--plot")
+        check_files(None, plot, "--plot")
         run.seeds = [seed]
         folders = list(runs or ())
         if train is not None and output is not None:

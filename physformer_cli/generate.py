@@ -39,7 +39,7 @@ def generate(
         typer.Option(
             metavar="FILE",
             help="A prompt a line (.txt), or a JSON object a line (.jsonl) with prompt and, if wanted, seed, width, "
-            "height, res, aspect, steps, guidance, negative_prompt, output. - is standard input.",
+            "height, res, aspect, steps, guidance, detail, negative_prompt, output. - is standard input.",
             rich_help_panel=_WHAT,
         ),
     ] = None,

@@ -329,6 +329,7 @@ def _requests(
                 height=height,
                 steps=line.steps if line.steps is not None else steps,
                 guidance=float(line.guidance if line.guidance is not None else guidance),
+                detail=float(line.detail if line.detail is not None else detail),
                 negative_prompt=(line.negative_prompt if line.negative_prompt is not None else negative) or None,
             )
             drawn = [
@@ -491,16 +492,24 @@ def _check_tokens(
 
 
 def _check_levels(options: Options, planner: Planner, pictures: list[Picture]) -> None:
-    """Refuses options about finer levels where there are none."""
+    """Refuses options about finer levels where there are none, and steps of more levels than any picture has."""
+    from physformer_core.batching import parse_steps
     from physformer_core.errors import ConfigError
 
-    said = [name for name, value in (("--preview", options.preview), ("--detail", options.detail is not None)) if value]
-    if not said or not pictures:
+    if not pictures:
         return
-    if all(len(planner.sizes(one.request.width, one.request.height)) == 1 for one in pictures):
+    levels = max(len(planner.sizes(one.request.width, one.request.height)) for one in pictures)
+    said = [name for name, value in (("--preview", options.preview), ("--detail", options.detail is not None)) if value]
+    if said and levels == 1:
         raise ConfigError(
             f"{said[0]} has no effect: pictures this small have one level, which is the picture",
             hint="leave it out, or draw larger ones",
+        )
+    steps = parse_steps(options.steps) if options.steps is not None else 1
+    if isinstance(steps, tuple) and len(steps) > levels:
+        raise ConfigError(
+            f"--steps {options.steps} names {len(steps)} levels, and these pictures have {levels}",
+            hint=f"--steps {','.join(map(str, steps[:levels]))} is what they can take",
         )
 
 

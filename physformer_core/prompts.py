@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from physformer_core.errors import PhysFormerError, PromptError
+from physformer_core.flow import MAX_DETAIL
 from physformer_core.resolution import DEFAULT_SIZE, resolve_size
 
 MAX_SEED = 2**64 - 1
@@ -33,8 +34,9 @@ class PromptRequest:
         height: Pixels.
         res: A resolution's name or WxH.
         aspect: W:H.
-        steps: 1 to 1000.
+        steps: 1 to 1000, or several such numbers, one per level.
         guidance: 0 to 1000.
+        detail: 0 to 2.
         negative_prompt: What to keep out.
         output: The file to write.
     """
@@ -46,8 +48,9 @@ class PromptRequest:
     height: int | None = None
     res: str | None = None
     aspect: str | None = None
-    steps: int | None = None
+    steps: int | tuple[int, ...] | None = None
     guidance: float | None = None
+    detail: float | None = None
     negative_prompt: str | None = None
     output: str | None = None
 
@@ -188,6 +191,8 @@ def _parse_object(line: str, number: int) -> PromptRequest:
                 raise PromptError(f"{key} must be {wanted}, not {shown[:80]}")
     if values.get("prompt") is None:
         raise PromptError("has no prompt")
+    if isinstance(values.get("steps"), list):
+        values["steps"] = tuple(values["steps"])
     request = PromptRequest(line=number, **values)
     request.size()  # contradictions and ranges are this line's fault, told with its number
     return request
@@ -210,8 +215,13 @@ def _filled(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip()) and "\0" not in value and is_sayable(value)
 
 
-def _guidance(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_GUIDANCE
+def _number(high: float) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= high
+
+
+def _steps(value: Any) -> bool:
+    one = _whole(1, MAX_STEPS)
+    return all(map(one, value)) and bool(value) if isinstance(value, list) else one(value)
 
 
 _BIG = 10**9  # sizes out of range are told by `resolve_size`, which knows the limits
@@ -222,8 +232,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "height": (_whole(-_BIG, _BIG), "a whole number"),
     "res": (_filled, 'text such as "720p"'),
     "aspect": (_filled, 'text such as "16:9"'),
-    "steps": (_whole(1, MAX_STEPS), f"a whole number from 1 to {MAX_STEPS}"),
-    "guidance": (_guidance, f"a number from 0 to {MAX_GUIDANCE:g}"),
+    "steps": (_steps, f"a whole number from 1 to {MAX_STEPS}, or a list of such, one per level"),
+    "guidance": (_number(MAX_GUIDANCE), f"a number from 0 to {MAX_GUIDANCE:g}"),
+    "detail": (_number(MAX_DETAIL), f"a number from 0 to {MAX_DETAIL:g}"),
     "negative_prompt": (lambda value: isinstance(value, str), "text"),
     "output": (_filled, "the name of a file"),
 }

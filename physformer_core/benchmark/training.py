@@ -168,7 +168,7 @@ def measure_training(
 
     Returns:
         The report of ``bench train``. ``ratio`` is images a second of ours over the peer's, ``ratio_by_kind`` the same
-        for each kind of batch; ``tokens`` says of each how many of the picture and of the prompt both saw, ``left_out``
+        for each kind of batch; ``tokens`` says of each how many both were given (`batch_tokens`), ``left_out``
         how many of our steps came before their shape was recorded. On CUDA ``peak_bytes`` is the most of its memory
         that each had, weights and optimizer included; elsewhere it is None.
 
@@ -216,7 +216,7 @@ class _Turns:
         self._meter = WorkMeter(trainer.model, train.optimizer, self._peak.flops)
         self._ours, self._theirs = _Clock(), _Clock()
         self._flops: list[int] = []
-        self._tokens: dict[str, list[tuple[int, int]]] = {}
+        self._tokens: dict[str, list[dict[str, int]]] = {}
         self._peer_done = 0
         self._left_out, self._elapsed = 0, 0.0
         self._memory.begin()
@@ -286,7 +286,7 @@ class _Turns:
             "recorded": trainer.recorded,
             "left_out": self._left_out,
             "tokens": {
-                kind: dict(zip(("picture", "prompt"), map(statistics.mean, zip(*seen, strict=True)), strict=True))
+                kind: {name: statistics.mean(one[name] for one in seen) for name in seen[0]}
                 for kind, seen in sorted(self._tokens.items())
             },
             "peer_layers": self._peer_layers,
@@ -314,7 +314,7 @@ class _Turns:
         }
 
 
-def batch_tokens(model: PhysFormerTransformer2DModel, batch: Batch) -> tuple[int, int]:
-    """Tokens of a picture and of a prompt of a batch, as ours computes them."""
+def batch_tokens(model: PhysFormerTransformer2DModel, batch: Batch) -> dict[str, int]:
+    """Tokens of a ``picture``, of a ``prompt`` in the mean, and of one that is ``padded`` to the batch's longest."""
     height, width, prompt = batch_shape(model, batch)
-    return height * width, prompt
+    return {"picture": height * width, "prompt": prompt, "padded": batch.prompt_embeds_btd.shape[1]}

@@ -7,5 +7,8 @@ DEFAULT_DETAIL = 1.1
 """Factor of the detail that finer levels add: with it the shipped checkpoint's edges have the power of real scenes'
 (docs/results.md)."""
 
+MAX_DETAIL = 2.0
+"""Beyond it levels, which build on one another, only amplify their errors."""
+
 DEFAULT_GUIDANCE = 1.5
 """Guidance at level 0: the shipped checkpoint's scores and pictures were compared at 1 to 4 (docs/results.md)."""

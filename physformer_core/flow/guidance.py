@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 from physformer_core.errors import ConfigError
-from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
+from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE, MAX_DETAIL
 
 Shape = Literal["constant", "linear", "cosine"]
-
-MAX_DETAIL = 2.0
-"""Beyond it levels, which build on one another, only amplify their errors."""
 
 
 @dataclass(frozen=True, kw_only=True)

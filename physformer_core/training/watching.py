@@ -53,11 +53,10 @@ def newton_schulz_flops(matrix: Tensor, dtype: torch.dtype = torch.float32) -> i
 
 
 def batch_shape(model: PhysFormerTransformer2DModel, batch: Batch) -> tuple[int, int, int]:
-    """Height and width in tokens, and tokens of a prompt."""
+    """Height and width in tokens, and tokens of a prompt in the mean: padding is no work of the model's."""
     _, _, height, width = batch.pixels_bchw.shape
     patch = model.network(base=batch.kind == "base").sizes.patch_size
-    # Dropped prompts become the null prompt, for which room is made.
-    tokens = max(batch.prompt_embeds_btd.shape[1], model.config.null_tokens)
+    tokens = round(batch.prompt_mask_bt.sum().item() / len(batch.prompt_mask_bt))
     return height // patch, width // patch, tokens
 
 

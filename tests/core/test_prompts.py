@@ -37,6 +37,7 @@ def test_json_file_with_every_key(tmp_path):
         "aspect": "1:1",
         "steps": 8,
         "guidance": 3,
+        "detail": 1.05,
         "negative_prompt": "",
         "output": "x.png",
         "width": None,
@@ -46,6 +47,8 @@ def test_json_file_with_every_key(tmp_path):
     (request,) = read_prompt_file(path).requests
     assert request == PromptRequest(line=1, **values)
     assert request.size() == (720, 720)
+    path.write_text('{"prompt": "a bird", "steps": [8, 2]}')
+    assert read_prompt_file(path).requests == (PromptRequest("a bird", 1, steps=(8, 2)),)
 
 
 def test_bad_lines_are_told_and_good_ones_kept(tmp_path):
@@ -76,6 +79,9 @@ def test_bad_lines_are_told_and_good_ones_kept(tmp_path):
         ({"prompt": "a", "seed": 1.5}, "seed must be"),
         ({"prompt": "a", "steps": 0}, "steps must be"),
         ({"prompt": "a", "steps": -4}, "steps must be"),
+        ({"prompt": "a", "steps": []}, "steps must be"),
+        ({"prompt": "a", "steps": [4, True]}, "steps must be"),
+        ({"prompt": "a", "detail": 2.5}, "detail must be"),
         ({"prompt": "a", "guidance": "high"}, "guidance must be"),
         ({"prompt": "a", "guidance": -1}, "guidance must be"),
         ({"prompt": "a", "guidance": 10**400}, "guidance must be"),
