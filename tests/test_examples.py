@@ -45,6 +45,16 @@ def test_which_level(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_second_judge(tmp_path: Path) -> None:
+    arguments = ["--num", "4", "--relations", "3", "--views", "1"]
+    command = [sys.executable, str(EXAMPLES / "second_judge.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
+    one, two = (line for line in done.stdout.replace("\r", "\n").splitlines() if "ceiling" in line)
+    assert one.startswith("one thing (4): top-1 ") and two.startswith("two things, in their places (2): top-1 ")
+    assert "(ceiling 100.0%" in one  # what it was fitted to it knows again
+
+
+@pytest.mark.slow
 def test_the_whole_way_goes_on_where_it_was(tmp_path: Path) -> None:
     script, told = EXAMPLES / "train_nano.sh", {"PRESET": "debug", "SCENES": "60", "BATCH": "4", "PROMPTS": "0"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
