@@ -314,12 +314,15 @@ def _draw_batch(
 def _show(plan: Plan, options: Options) -> None:
     """Says what would be drawn."""
     from physformer_core.batching import Planner
+    from physformer_core.files import next_free_name
 
     planner = Planner(plan.checkpoint)
     of_batch = {number: place for place, numbers in enumerate(plan.batches, start=1) for number in numbers}
     rows = []
+    taken: set[Path] = set()
     for number in sorted(plan.kept):
         picture = plan.pictures[number]
+        taken.add(name := next_free_name(picture.wished, claim=False, taken=taken))
         levels = [
             {
                 "width": level.size.width,
@@ -331,7 +334,7 @@ def _show(plan: Plan, options: Options) -> None:
         ]
         rows.append(
             {
-                "file": str(picture.wished),
+                "file": str(name),
                 **{key: value for key, value in dataclasses.asdict(picture.request).items() if key != "steps"},
                 "levels": levels,
                 "batch": of_batch[number],

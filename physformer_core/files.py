@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from physformer_core.errors import DataError, OutputError
@@ -158,7 +158,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def next_free_name(path: str | Path, *, claim: bool = True) -> Path:
+def next_free_name(path: str | Path, *, claim: bool = True, taken: Container[Path] = ()) -> Path:
     """Returns `path`, or the first of `stem_1.suffix`, `stem_2.suffix`, ... that does not exist.
 
     The name is claimed by creating an empty file exclusively, so that processes side by side get different names;
@@ -168,6 +168,7 @@ def next_free_name(path: str | Path, *, claim: bool = True) -> Path:
     Args:
         path: The wished name. Missing parent folders are made when claiming.
         claim: False only looks (for a dry run).
+        taken: Names that count as existing.
 
     Raises:
         OutputError: The folder cannot be made or written.
@@ -177,7 +178,7 @@ def next_free_name(path: str | Path, *, claim: bool = True) -> Path:
     while True:
         candidate = wished if number == 0 else wished.with_name(f"{wished.stem}_{number}{wished.suffix}")
         number += 1
-        if os.path.lexists(candidate):
+        if candidate in taken or os.path.lexists(candidate):
             continue
         if not claim:
             return candidate

@@ -394,11 +394,16 @@ def _work_alone(executor: ThreadPoolExecutor, threads: int) -> None:
         torch.get_num_threads()  # else the first operation here takes over the number that is set below
         everybody.wait()
 
-    for _ in range(threads):
-        executor.submit(settle)
-    everybody.wait()
-    # Each thread has its own number; torch's for threads to come, and MKL's, are everybody's and are put back.
-    torch.set_num_threads(of_others)
+    try:
+        for _ in range(threads):
+            executor.submit(settle)
+        everybody.wait()
+    except BaseException:
+        everybody.abort()  # else those that came would wait for ever
+        raise
+    finally:
+        # Each thread has its own number; torch's for threads to come, and MKL's, are everybody's and are put back.
+        torch.set_num_threads(of_others)
 
 
 def _offsets(stored: np.ndarray, wanted: int, draws: np.ndarray) -> np.ndarray:

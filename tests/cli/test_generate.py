@@ -194,6 +194,15 @@ def test_a_dry_run_writes_nothing(generate):
     assert ending.out.count("1280x720") == 3 and "10,2,2,1,1,1" in ending.out and "would draw 3 pictures" in ending.err
 
 
+def test_a_dry_run_tells_the_names_that_are_free(generate):
+    Path("x.png").touch()
+    Path("p.txt").write_text("a cat\na cat")
+    arguments = ("--prompt-file", "p.txt", "-o", "x.png")
+    told = [one["file"] for one in json.loads(generate(*arguments, "--dry-run", "--json").out)["pictures"]]
+    assert told == ["x_1.png", "x_2.png"]
+    assert [str(file) for file in generate(*arguments).files] == told
+
+
 # Prompt files
 
 
