@@ -5,7 +5,8 @@ python examples/second_judge.py --num 100 --relations 100
 `eval prompts` asks for the nearest of 323 clean renders, which is strict: a thing that is small, cut by its window or
 beside another is far from all of them. Here a softmax regression on the same features learns from scenes what things
 look like there, as they are and blurred or noisy. It sees no drawn picture. Prompts, windows, relations, ceiling and
-floor are those of `eval prompts`; cages are left out. Fitting takes some three minutes on two cores.
+floor are those of `eval prompts`, whose judge is shown beside it on the same pictures; cages are left out. To fit takes
+some three minutes on two cores.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from physformer_core.checkpoints import find_checkpoint, load_pipeline
 from physformer_core.data.scenes import compose_scene, load_concepts, render_svg
 from physformer_core.data.scenes.composer import RELATIONS, Scene
 from physformer_core.evaluation.features import FeatureExtractor, load_extractor
-from physformer_core.evaluation.gallery import Gallery, unit
+from physformer_core.evaluation.gallery import Gallery, load_gallery, unit
 from physformer_core.evaluation.pictures import draw_requests
 from physformer_core.evaluation.prompt_accuracy import Judge, judge_all, relation_report, single_report
 from physformer_core.evaluation.prompt_cases import relation_cases, single_cases
@@ -122,22 +123,26 @@ def main() -> None:
         for index, case in enumerate(cases)
     ]
     extractor = load_extractor("efficientnet", None, device)
-    fitted = fit(extractor, options.views)
-    pictures = draw_requests(checkpoint, pipeline, requests)
-    judged = judge_all(cases, pictures, Judge(extractor, fitted), lambda done: print(f"\rdrawn: {done}", end=""))
+    judges = {"nearest render": load_gallery(extractor), "fitted": fit(extractor, options.views)}
+    pictures = []
+    for picture in draw_requests(checkpoint, pipeline, requests):
+        pictures.append(picture)
+        print(f"\rdrawn: {len(pictures)}/{len(cases)}", end="", flush=True)
     print()
-    reports = {
-        "one thing": single_report(judged[: options.num], fitted.concepts) if options.num else None,
-        "two things, in their places": relation_report(judged[options.num :]) if two else None,
-    }
-    for name, report in reports.items():
-        if report is not None:
-            shares = ", ".join(
-                f"top-{most} {report[f'top{most}']['value']:.1%} (ceiling {report['ceiling'][f'top{most}']:.1%}, "
-                f"floor {report['floor'][f'top{most}'] or 0:.1%})"
-                for most in (1, 5)
-            )
-            print(f"{name} ({report['count']}): {shares}", flush=True)
+    for judge, gallery in judges.items():
+        judged = judge_all(cases, iter(pictures), Judge(extractor, gallery))
+        reports = {
+            "one thing": single_report(judged[: options.num], gallery.concepts) if options.num else None,
+            "two things, in their places": relation_report(judged[options.num :]) if two else None,
+        }
+        for name, report in reports.items():
+            if report is not None:
+                shares = ", ".join(
+                    f"top-{most} {report[f'top{most}']['value']:.1%} (ceiling {report['ceiling'][f'top{most}']:.1%}, "
+                    f"floor {report['floor'][f'top{most}'] or 0:.1%})"
+                    for most in (1, 5)
+                )
+                print(f"{judge}: {name} ({report['count']}): {shares}", flush=True)
 
 
 if __name__ == "__main__":

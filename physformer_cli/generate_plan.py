@@ -493,7 +493,6 @@ def _check_tokens(
 
 def _check_levels(options: Options, planner: Planner, pictures: list[Picture]) -> None:
     """Refuses options about finer levels where there are none, and steps of more levels than any picture has."""
-    from physformer_core.batching import parse_steps
     from physformer_core.errors import ConfigError
 
     if not pictures:
@@ -505,11 +504,12 @@ def _check_levels(options: Options, planner: Planner, pictures: list[Picture]) -
             f"{said[0]} has no effect: pictures this small have one level, which is the picture",
             hint="leave it out, or draw larger ones",
         )
-    steps = parse_steps(options.steps) if options.steps is not None else 1
-    if isinstance(steps, tuple) and len(steps) > levels:
+    several = [one.request.steps for one in pictures if isinstance(one.request.steps, tuple)]
+    steps = max(several, key=len, default=())
+    if options.source is None and len(steps) > levels:  # a picture that is made again has what it had
         raise ConfigError(
-            f"--steps {options.steps} names {len(steps)} levels, and these pictures have {levels}",
-            hint=f"--steps {','.join(map(str, steps[:levels]))} is what they can take",
+            f"steps {','.join(map(str, steps))} are of {len(steps)} levels, and these pictures have {levels}",
+            hint=f"{','.join(map(str, steps[:levels]))} is what they can take",
         )
 
 

@@ -384,7 +384,7 @@ def _work_alone(executor: ThreadPoolExecutor, threads: int) -> None:
 
     OpenMP gives each thread that computes a team of its own. Once all teams together have more threads than there are
     processors, it lets the idle ones sleep at once, and waking one takes 0.1 ms, for which every operation of the
-    training step then waits: on two cores a step took a third longer.
+    training step then waits: on two cores a step took a third longer (docs/performance.md).
     """
     everybody = threading.Barrier(threads + 1)
     of_others = torch.get_num_threads()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from physformer_core.model.native import ops as native
+
 
 @dataclass(frozen=True)
 class TextRows:
@@ -30,7 +32,7 @@ class TextRows:
         """
         if not torch.is_grad_enabled() or mask.device.type != "cpu" or type(mask) is not Tensor:
             return None
-        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if native.graph_is_made():
             return None
         index = mask.flatten().nonzero()[:, 0]
         return None if index.numel() == mask.numel() else cls(index, *mask.shape)

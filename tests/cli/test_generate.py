@@ -261,7 +261,7 @@ def test_prompts_from_standard_input(generate, monkeypatch):
         (["a cat", "--steps", "0"], "not a number of steps"),
         (["a cat", "--steps", "4,0"], "not a number of steps"),
         (["a cat", "--steps", "many"], "not a number of steps"),
-        (["a cat", "--steps", "2,1,1", "--res", "32x32"], "names 3 levels"),
+        (["a cat", "--steps", "2,1,1", "--res", "32x32"], "are of 3 levels"),
         (["a cat", "--steps", "1000000000"], "not a number of steps"),
         (["a cat", "--guidance", "-1"], "guidance"),
         (["a cat", "--guidance", "nan"], "guidance"),
