@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from physformer_core.errors import ConfigError
 from physformer_core.hardware import has_fast_bfloat16
+from physformer_core.model.native import ops as native
 from physformer_core.training.distributed import divided_like, whole
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -25,8 +26,9 @@ def muon_dtype(device: torch.device) -> torch.dtype:
 
 
 def iterates_on_gram(rows: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether matrices of this shape are orthogonalised by way of their products with themselves: from a ratio of 1.5
-    on that takes fewer operations. Not in bfloat16, in which squares of small singular values would drown."""
+    """Whether torch orthogonalises matrices of this shape by way of their products with themselves: from a ratio of 1.5
+    on that takes fewer operations. Not in bfloat16, in which squares of small singular values would drown. The kernel
+    in C always does."""
     return 2 * max(rows, columns) > 3 * min(rows, columns) and dtype != torch.bfloat16
 
 
@@ -41,6 +43,8 @@ def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
         steps: Iterations.
         dtype: Arithmetic: bfloat16 where it is fast, else float32.
     """
+    if dtype == torch.float32 and native.takes(matrices):
+        return native.orthogonalize(matrices, steps, NEWTON_SCHULZ)
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(dtype)
     transposed = x.shape[-2] > x.shape[-1]

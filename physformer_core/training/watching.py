@@ -10,6 +10,7 @@ from torch import Tensor
 
 from physformer_core.data.loader import Batch
 from physformer_core.model.flops import training_flops
+from physformer_core.model.native import ops as native
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.training.optimizer import NEWTON_SCHULZ_STEPS, iterates_on_gram, muon_dtype, split_parameters
 
@@ -44,9 +45,12 @@ def newton_schulz_flops(matrix: Tensor, dtype: torch.dtype = torch.float32) -> i
     """Orthogonalising an m x n matrix, m <= n, or a kernel as one.
 
     As it is written: per iteration X X^T, its square, and that times X. On X X^T: that once; per iteration its square,
-    a product of polynomials (not the first time) and two with X X^T (not the last time); one with X.
+    a product of polynomials (not the first time) and two with X X^T (not the last time); one with X. In C those that
+    are symmetric, which is all but the last, are made by half.
     """
     m, n = sorted((matrix.shape[0], math.prod(matrix.shape[1:])))  # of shapes alone: a rank may hold only some rows
+    if dtype == torch.float32 and matrix.device.type == "cpu" and native.why_not() is None:
+        return 3 * m * m * n + (4 * NEWTON_SCHULZ_STEPS - 3) * m**3
     if iterates_on_gram(m, n, dtype):
         return 2 * 2 * m * m * n + (4 * NEWTON_SCHULZ_STEPS - 3) * 2 * m**3
     return NEWTON_SCHULZ_STEPS * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)

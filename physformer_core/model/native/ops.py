@@ -158,6 +158,26 @@ def window_attention(
     return _WindowAttention.apply(query, key, value, text_key, text_value, *kernel, grid)
 
 
+def orthogonalize(matrices: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
+    """`training.optimizer.orthogonalize`, by way of the matrices' products with themselves; without gradients.
+
+    All products but two are symmetric, and half of each is made.
+
+    Args:
+        matrices: [K, m, n].
+        steps: Iterations, at least one.
+        coefficients: a, b and c of ``X <- (a + b X X^T + c (X X^T)^2) X``.
+    """
+    count, rows, columns = matrices.shape
+    if steps < 1:
+        raise ValueError(f"{steps} steps, and one is the least")
+    matrices, out = _checked(matrices.detach(), count, rows, columns), matrices.new_empty(matrices.shape)
+    scratch = matrices.new_empty(_threads() * load_library().orthogonalize_scratch(rows, columns))
+    pointers = _pointers(matrices, out, scratch)
+    load_library().orthogonalize(*pointers, count, rows, columns, steps, *coefficients, _threads())
+    return out
+
+
 def attention_flops(pairs: int, heads: int, head_dim: int) -> int:
     """Operations of `window_attention` for so many pairs of a query and a key: logits of content and four numbers of
     geometry, and values."""

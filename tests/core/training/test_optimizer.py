@@ -9,6 +9,7 @@ from torch import nn
 
 from physformer_core.config import load_preset
 from physformer_core.errors import ConfigError
+from physformer_core.model.native import ops as native
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.training.optimizer import (
     NEWTON_SCHULZ,
@@ -61,18 +62,48 @@ def test_orthogonalize_brings_singular_values_near_1(shape):
     assert cosine.min() > 0.97
 
 
-def test_orthogonalize_by_products_is_the_iteration_itself():
+@pytest.mark.parametrize("without", [False, True], ids=["in C, if that can run", "in torch"])
+@pytest.mark.parametrize("shape", [(24, 64), (24, 24), (47, 31), (9, 600), (101, 260)])
+def test_orthogonalize_by_products_is_the_iteration_itself(shape, without, request):
+    if without:
+        request.getfixturevalue("without_native")
     torch.manual_seed(1)
-    matrices = torch.randn(2, 24, 64) * torch.logspace(0, -3, 24)[:, None]  # singular values over three decades
+    decades = torch.logspace(0, -3, shape[0])[:, None]  # singular values over three
+    matrices = torch.randn(2, *shape) * decades
     x = matrices.double()
     x = x / x.norm(dim=(1, 2), keepdim=True)
     a, b, c = NEWTON_SCHULZ
     for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
+    # Of nearly square matrices the smallest singular values are some 1e-5, whose squares float32 drowns.
+    close = {"atol": 3e-4 if 2 * min(shape) > max(shape) else 2e-5, "rtol": 0}
+    torch.testing.assert_close(orthogonalize(matrices, 5, torch.float32).double(), x, **close)
+    torch.testing.assert_close(orthogonalize(matrices.mT, 5, torch.float32).double(), x.mT, **close)
+
+
+def test_torch_iterates_on_products_where_that_takes_fewer_operations():
     assert iterates_on_gram(24, 64, torch.float32) and not iterates_on_gram(24, 64, torch.bfloat16)
-    torch.testing.assert_close(orthogonalize(matrices, 5, torch.float32).double(), x, atol=2e-5, rtol=0)
-    torch.testing.assert_close(orthogonalize(matrices.mT, 5, torch.float32).double(), x.mT, atol=2e-5, rtol=0)
+    assert not iterates_on_gram(24, 24, torch.float32)
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+@pytest.mark.parametrize("shape", [(5, 24, 64), (3, 70, 33), (1, 300, 300)])
+def test_orthogonalize_in_c_is_the_same_to_the_bit_with_any_number_of_threads(shape):
+    torch.manual_seed(1)
+    matrices = torch.randn(shape)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(orthogonalize(matrices, 5, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, results[0]) for one in results)
+    assert torch.equal(orthogonalize(matrices.mT.contiguous().mT, 5, torch.float32), results[0])
+    assert orthogonalize(torch.full((1, 3, 4), torch.nan), 5, torch.float32).isnan().all()
+    with pytest.raises(ValueError, match="0 steps"):
+        native.orthogonalize(matrices, 0, NEWTON_SCHULZ)
 
 
 def test_orthogonalize_does_not_mix_a_batch():

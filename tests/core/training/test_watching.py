@@ -15,6 +15,7 @@ from physformer_core.data.loader import BatchStream
 from physformer_core.errors import ConfigError, DataError
 from physformer_core.flow.path import FlowPath
 from physformer_core.hardware import matrix_peak, peak_memory
+from physformer_core.model.native import ops as native
 from physformer_core.training.objective import FlowObjective
 from physformer_core.training.panels import add_panels
 from physformer_core.training.sinks import TensorBoardSink, WandbSink, feed, scalars
@@ -80,8 +81,18 @@ def test_the_meter_counts_what_the_estimate_counts(run):
     adamw, muon = WorkMeter(trainer.model, "adamw", 1.0), WorkMeter(trainer.model, "muon", 1.0)
     assert adamw.step(batch) == adamw.step(batch) == batch_flops(trainer.model, batch)
     assert muon.step(batch) > adamw.step(batch)
+
+
+@pytest.mark.usefixtures("without_native")
+def test_operations_of_muon_as_torch_does_them():
     assert newton_schulz_flops(torch.empty(3, 3)) == 5 * 3 * 2 * 27
     assert newton_schulz_flops(torch.empty(2, 9)) == newton_schulz_flops(torch.empty(9, 2)) == 2 * 2 * 36 + 17 * 2 * 8
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+def test_operations_of_muon_in_c_are_half_but_for_the_last():
+    assert newton_schulz_flops(torch.empty(9, 2)) == 36 + 17 * 8 + 2 * 36
+    assert newton_schulz_flops(torch.empty(3, 3), torch.bfloat16) == 5 * 3 * 2 * 27
 
 
 def test_the_peak_is_measured_once():

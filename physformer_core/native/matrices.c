@@ -1,0 +1,173 @@
+/* Matrices made orthogonal, for Muon: nearly all products on the way are symmetric, so that half of each is enough. */
+
+#include "vectors.h"
+
+/* A product is made in tiles of TALL rows by WIDE columns, whose sums stay in registers; of DEEP terms of each sum at a
+ * time the right matrix stays in the second-level cache, and BAND rows of the left one. */
+#if defined(__AVX512F__)
+#define TALL 8
+#else
+#define TALL 6
+#endif
+#define WIDE (2 * LANES)
+#define DEEP 256
+#define BAND (16 * TALL)
+
+typedef struct {
+    const float *at;
+    int64_t down, across; /* from a row to the next, from a column to the next */
+} matrix;
+
+static matrix transposed(matrix m) { return (matrix){m.at, m.across, m.down}; }
+
+static int least(int a, int b) { return a < b ? a : b; }
+
+static int64_t up_to(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
+
+/* Writes the first `depth` columns of `lines` rows so that `width` rows lie side by side, column by column; zero beyond
+ * the last row. `width` is known when this is compiled, so that rows are copied in registers. */
+static inline void pack(matrix from, int lines, int depth, int width, float *to) {
+    for (int line = 0; line < lines; line += width, to += (int64_t)width * depth) {
+        const float *at = from.at + line * from.down;
+        int there = least(width, lines - line);
+        if (there == width && from.down == 1) {
+            for (int k = 0; k < depth; k++) {
+                for (int i = 0; i < width; i++) to[k * width + i] = at[k * from.across + i];
+            }
+        } else {
+            if (there < width) memset(to, 0, (size_t)width * depth * sizeof(float));
+            for (int i = 0; i < there; i++) {
+                for (int k = 0; k < depth; k++) to[k * width + i] = at[i * from.down + k * from.across];
+            }
+        }
+    }
+}
+
+/* Of packed rows and packed columns: sums [TALL, WIDE], a row every `step` numbers, added to what is there if `more`. */
+static inline void tile(const float *left, const float *right, int depth, float *sums, int64_t step, int more) {
+    vec a[TALL], b[TALL];
+#pragma GCC unroll 16
+    for (int r = 0; r < TALL; r++) a[r] = b[r] = all(0);
+    for (int k = 0; k < depth; k++, left += TALL, right += WIDE) {
+        vec one = load(right), two = load(right + LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < TALL; r++) a[r] += one * left[r], b[r] += two * left[r];
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < TALL; r++) {
+        float *to = sums + r * step;
+        if (more) a[r] += load(to), b[r] += load(to + LANES);
+        store(to, a[r]);
+        store(to + LANES, b[r]);
+    }
+}
+
+/* out [rows, columns] = left [rows, depth] right [depth, columns]. If it is known to be symmetric, only tiles that touch
+ * what is on or below the diagonal are made. `packed` has room as `packing` says. */
+static void multiply(matrix left, matrix right, int rows, int columns, int depth, int symmetric, float *out,
+                     float *packed) {
+    float *panels = packed + BAND * DEEP;
+    for (int from = 0; from < depth; from += DEEP) {
+        int deep = least(DEEP, depth - from);
+        matrix deeper = {right.at + from * right.down, right.down, right.across};
+        pack(transposed(deeper), columns, deep, WIDE, panels);
+        for (int top = 0; top < rows; top += BAND) {
+            int high = least(BAND, rows - top);
+            pack((matrix){left.at + top * left.down + from * left.across, left.down, left.across}, high, deep, TALL,
+                 packed);
+            for (int x = 0; x < columns; x += WIDE) {
+                for (int y = 0; y < high; y += TALL) {
+                    if (symmetric && x >= top + y + TALL) continue;
+                    const float *own = packed + (int64_t)y * deep, *others = panels + (int64_t)x * deep;
+                    float *to = out + (int64_t)(top + y) * columns + x;
+                    if (y + TALL <= high && x + WIDE <= columns) {
+                        tile(own, others, deep, to, columns, from > 0);
+                        continue;
+                    }
+                    float sums[TALL * WIDE];
+                    tile(own, others, deep, sums, WIDE, 0);
+                    for (int r = 0; r < TALL && y + r < high; r++) {
+                        for (int c = 0; c < WIDE && x + c < columns; c++) {
+                            float *one = to + r * columns + c;
+                            *one = (from > 0 ? *one : 0) + sums[r * WIDE + c];
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+static int64_t packing(int columns) { return BAND * DEEP + up_to(columns, WIDE) * DEEP; }
+
+/* Copies what is below the diagonal to above it, by squares that stay in the first-level cache. */
+static void mirror(float *square, int side) {
+    for (int top = 0; top < side; top += WIDE) {
+        for (int left = 0; left <= top; left += WIDE) {
+            for (int i = top; i < least(top + WIDE, side); i++) {
+                for (int j = left; j < least(left + WIDE, i); j++) square[(int64_t)j * side + i] = square[(int64_t)i * side + j];
+            }
+        }
+    }
+}
+
+/* out = left right, all [side, side]; left and right are symmetric and commute, so that out is, too. */
+static void multiply_symmetric(const float *left, const float *right, int side, float *out, float *packed) {
+    multiply((matrix){left, 1, side}, (matrix){right, side, 1}, side, side, side, 1, out, packed);
+    mirror(out, side);
+}
+
+/* Newton-Schulz: x becomes P x with the polynomial P = a + b G + c G G of G = x x^T, `steps` times. All those commute, so
+ * that G is iterated and x multiplied once by the product of all P. */
+static void orthogonalize_one(const float *from, float *to, int rows, int columns, int steps, float a, float b, float c,
+                              float *scratch) {
+    int turned = rows > columns, side = least(rows, columns), length = turned ? rows : columns;
+    int64_t numbers = (int64_t)rows * columns, square = (int64_t)side * side;
+    float *x = scratch, *gram = x + numbers, *factor = gram + square, *product = factor + square;
+    float *spare = product + square, *packed = spare + square;
+    double sum = 0; /* row by row: of millions of squares a float would lose some */
+    for (int row = 0; row < rows; row++) sum += dot_of(from + (int64_t)row * columns, from + (int64_t)row * columns, columns);
+    float scale = 1.0f / ((float)sqrt(sum) + 1e-7f);
+    for (int64_t i = 0; i < numbers; i++) x[i] = from[i] * scale;
+    matrix given = {x, columns, 1}, flat = turned ? transposed(given) : given;
+    multiply(flat, transposed(flat), side, side, length, 1, gram, packed);
+    mirror(gram, side);
+    for (int step = 0; step < steps; step++) {
+        float *by = step == 0 ? product : factor;
+        multiply_symmetric(gram, gram, side, by, packed);
+        for (int64_t i = 0; i < square; i++) by[i] = b * gram[i] + c * by[i];
+        for (int i = 0; i < side; i++) by[(int64_t)i * side + i] += a;
+        if (step > 0) {
+            multiply_symmetric(by, product, side, spare, packed);
+            float *older = product;
+            product = spare, spare = older;
+        }
+        if (step < steps - 1) {
+            multiply_symmetric(by, gram, side, spare, packed);
+            multiply_symmetric(by, spare, side, gram, packed);
+        }
+    }
+    matrix all_of_them = {product, 1, side};
+    if (turned) {
+        multiply(given, all_of_them, rows, columns, side, 0, to, packed);
+    } else {
+        multiply(all_of_them, given, rows, columns, side, 0, to, packed);
+    }
+}
+
+/* Floats that each thread needs in `scratch`. */
+int64_t orthogonalize_scratch(int rows, int columns) {
+    int64_t side = least(rows, columns);
+    return up_to((int64_t)rows * columns + 4 * side * side + packing(columns), 16);
+}
+
+/* `count` matrices [rows, columns], each by one thread; at least one step. */
+void orthogonalize(const float *from, float *to, float *scratch, int64_t count, int rows, int columns, int steps,
+                   float a, float b, float c, int threads) {
+    int64_t each = orthogonalize_scratch(rows, columns), numbers = (int64_t)rows * columns;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t one = 0; one < count; one++) {
+        orthogonalize_one(from + one * numbers, to + one * numbers, rows, columns, steps, a, b, c,
+                          scratch + each * omp_get_thread_num());
+    }
+}
