@@ -145,40 +145,40 @@ static inline void group_sums(const float *const *rows, int dim, const float *we
 static inline void group_spread(float *const *targets, int dim, const float *weights, int keys, const float *rows) {
     float nobody[dim];
     memset(nobody, 0, sizeof nobody);
-    for (int j = 0; j < keys; j += ROWS) {
-        float *target[ROWS];
-        const float *weight[ROWS];
-        for (int r = 0; r < ROWS; r++) {
+    for (int j = 0; j < keys; j += TARGETS) {
+        float *target[TARGETS];
+        const float *weight[TARGETS];
+        for (int r = 0; r < TARGETS; r++) {
             target[r] = j + r < keys ? targets[j + r] : nobody;
             weight[r] = weights + (j + r < keys ? j + r : j) * GROUP;
         }
         int d = 0;
         for (; d + 2 * LANES <= dim; d += 2 * LANES) {
-            vec a[ROWS], b[ROWS];
-            for (int r = 0; r < ROWS; r++) a[r] = load(target[r] + d), b[r] = load(target[r] + d + LANES);
+            vec a[TARGETS], b[TARGETS];
+            for (int r = 0; r < TARGETS; r++) a[r] = load(target[r] + d), b[r] = load(target[r] + d + LANES);
             for (int i = 0; i < GROUP; i++) {
                 vec one = load(rows + i * dim + d), two = load(rows + i * dim + d + LANES);
 #pragma GCC unroll 16
-                for (int r = 0; r < ROWS; r++) a[r] += one * weight[r][i], b[r] += two * weight[r][i];
+                for (int r = 0; r < TARGETS; r++) a[r] += one * weight[r][i], b[r] += two * weight[r][i];
             }
-            for (int r = 0; r < ROWS; r++) {
+            for (int r = 0; r < TARGETS; r++) {
                 store(target[r] + d, a[r]);
                 store(target[r] + d + LANES, b[r]);
             }
         }
         for (; d < dim && dim >= LANES; d += LANES) {
             int whole = d + LANES <= dim, at = whole ? d : dim - LANES;
-            vec a[ROWS], keep = whole ? all(1) : last_lanes(dim);
-            for (int r = 0; r < ROWS; r++) a[r] = load(target[r] + at);
+            vec a[TARGETS], keep = whole ? all(1) : last_lanes(dim);
+            for (int r = 0; r < TARGETS; r++) a[r] = load(target[r] + at);
             for (int i = 0; i < GROUP; i++) {
                 vec one = load(rows + i * dim + at) * keep;
 #pragma GCC unroll 16
-                for (int r = 0; r < ROWS; r++) a[r] += one * weight[r][i];
+                for (int r = 0; r < TARGETS; r++) a[r] += one * weight[r][i];
             }
-            for (int r = 0; r < ROWS; r++) store(target[r] + at, a[r]);
+            for (int r = 0; r < TARGETS; r++) store(target[r] + at, a[r]);
         }
         for (; d < dim; d++) {
-            for (int r = 0; r < ROWS; r++) {
+            for (int r = 0; r < TARGETS; r++) {
                 for (int i = 0; i < GROUP; i++) target[r][d] += rows[i * dim + d] * weight[r][i];
             }
         }
@@ -230,8 +230,9 @@ static int gather_queries(const field *f, const inputs *in, int64_t picture, int
     int across = p->right - p->left, queries = at_most(GROUP, (p->bottom - p->top) * across - first);
     const float *drift = in->drift + 2 * head;
     float inverse = 1.0f / (in->sigma[head] * in->sigma[head]);
+    int y = p->top + first / across, x = p->left + first % across;
     for (int r = 0; r < GROUP; r++) {
-        int at = first + at_most(r, queries - 1), y = p->top + at / across, x = p->left + at % across;
+        if (r > 0 && r < queries && ++x == p->right) x = p->left, y++;
         token[r] = ((picture * f->height + y) * f->width + x) * f->heads + head;
         const float *from = in->query + token[r] * f->content;
         float *to = s->query + r;

@@ -13,24 +13,28 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Numbers to a register, and how many keys, or rows of weights, are worked on at once: as many as there are registers for
- * two sums of each. */
+/* Numbers to a register, and how many keys, rows of weights, or targets of weighed rows are worked on at once: as many as
+ * there are registers for two sums of each, as far as that pays. */
 #if defined(__AVX512F__)
 #define LANES 16
 #define KEYS 12
 #define ROWS 8
+#define TARGETS 8
 #elif defined(__AVX__)
 #define LANES 8
-#define KEYS 4
+#define KEYS 6
 #define ROWS 4
+#define TARGETS 6
 #else
 #define LANES 4
 #if defined(__x86_64__)
 #define KEYS 4
 #define ROWS 4
+#define TARGETS 4
 #else
 #define KEYS 12
 #define ROWS 8
+#define TARGETS 8
 #endif
 #endif
 
