@@ -445,8 +445,13 @@ class PhysFormerAttention(nn.Module, AttentionModuleMixin):
             rows: Where packed text states stand.
         """
         batch, tokens = mask.shape
-        content = self.norm_added_k(self.add_k_proj(text_states).unflatten(-1, (self.heads, -1)))
+        content = self.add_k_proj(text_states).unflatten(-1, (self.heads, -1))
         value = self.add_v_proj(text_states).unflatten(-1, (self.heads, -1))
+        if rows is not None and native.takes(content, value, self.norm_added_k.weight, self.text_altitude):
+            layout = (rows.starts, tokens)
+            shape = (self.norm_added_k.weight, self.text_altitude, *layout, self.rotary_dim, NORM_EPSILON)
+            return TextKeyValue(native.text_keys(content[0], *shape), native.text_values(value[0], *layout))
+        content = self.norm_added_k(content)
         if rows is not None:
             content, value = rows.spread(content), rows.spread(value)
         content, value = content.transpose(1, 2).to(value.dtype), value.transpose(1, 2)

@@ -58,13 +58,18 @@ class PhysFormerTextBlock(nn.Module):
 
     def forward(self, text_states: Tensor, mask: Tensor, rows: TextRows | None = None) -> Tensor:
         """[B, T, dim] -> [B, T, dim], or [1, R, dim] of ``rows``; ``mask`` is bool [B, T]."""
-        qkv = self.to_qkv(self.norm1(text_states))
+        text_states = text_states + self.to_out(self.attended(self.to_qkv(self.norm1(text_states)), mask, rows))
+        return text_states + self.feed_forward(self.norm2(text_states))
+
+    def attended(self, qkv: Tensor, mask: Tensor, rows: TextRows | None) -> Tensor:
+        """What every token reads: [B, T, 3 dim] -> [B, T, dim], or [1, R, 3 dim] -> [1, R, dim]."""
+        if rows is not None and native.takes(qkv):
+            return native.text_attention(qkv[0].unflatten(-1, (3, self.heads, -1)), rows.starts)[None]
         if rows is not None:
             qkv = rows.spread(qkv)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).transpose(1, 2).flatten(2)
-        text_states = text_states + self.to_out(attended if rows is None else rows.pack(attended))
-        return text_states + self.feed_forward(self.norm2(text_states))
+        return attended if rows is None else rows.pack(attended)
 
 
 class PhysFormerBlock(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from physformer_core.model.native import ops as native
@@ -16,10 +17,12 @@ class TextRows:
 
     Args:
         index: Long [R], places of the real tokens among all ``batch * tokens``, ascending.
+        starts: int32 [batch + 1], where each prompt's rows begin, and R.
         batch, tokens: Size of the batch with its padding.
     """
 
     index: Tensor
+    starts: Tensor
     batch: int
     tokens: int
 
@@ -35,7 +38,10 @@ class TextRows:
         if native.graph_is_made():
             return None
         index = mask.flatten().nonzero()[:, 0]
-        return None if index.numel() == mask.numel() else cls(index, *mask.shape)
+        if index.numel() == mask.numel():
+            return None
+        starts = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        return cls(index, starts, *mask.shape)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, T, ...] -> [1, R, ...]."""

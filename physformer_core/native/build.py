@@ -22,7 +22,7 @@ from physformer_core.errors import OutputError
 from physformer_core.files import atomic_write, cache_folder, output_error
 
 _FOLDER = Path(__file__).parent
-SOURCES = ("attention.c", "matrices.c", "pictures.c", "tokens.c", "vectors.h")
+SOURCES = ("attention.c", "matrices.c", "pictures.c", "prompts.c", "tokens.c", "vectors.h")
 
 SWITCH = "PHYSFORMER_NATIVE"
 """Environment variable that leaves the kernels out where it is 0."""
@@ -48,6 +48,11 @@ _ARGUMENTS = {
     "window_attention": (*(_P,) * 10, _L, *(_I,) * 11),
     "window_attention_back": (*(_P,) * 18, _L, *(_I,) * 11),
     "window_scratch": (_I,) * 5,
+    "text_attention": (*(_P,) * 4, _L, _I, _I, _F, _I),
+    "text_attention_back": (*(_P,) * 6, _L, _I, _I, _F, _I),
+    "text_keys": (*(_P,) * 5, _L, *(_I,) * 5, _F, _F, _I),
+    "text_keys_back": (*(_P,) * 7, _L, *(_I,) * 5, _F, _I),
+    "text_values": (*(_P,) * 3, _L, *(_I,) * 5),
     "orthogonalize": (*(_P,) * 3, _L, _I, _I, _I, _F, _F, _F, _I),
     "orthogonalize_scratch": (_I, _I),
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
-from physformer_core.model.geometry import GEOMETRY_DIM, BlockGrid
+from physformer_core.model.geometry import FAR, GEOMETRY_DIM, BlockGrid
 from physformer_core.native.build import Unavailable, load_library
 
 
@@ -158,6 +158,48 @@ def window_attention(
     return _WindowAttention.apply(query, key, value, text_key, text_value, *kernel, grid)
 
 
+def text_attention(qkv: Tensor, starts: Tensor) -> Tensor:
+    """Self-attention of prompts without padding: every token of a prompt reads all of them.
+
+    Args:
+        qkv: [R, 3, heads, dim], queries, keys and values of all prompts' tokens.
+        starts: int32 [B + 1], where each prompt's tokens begin, and R.
+
+    Returns:
+        [R, heads * dim].
+    """
+    return _TextAttention.apply(_checked(qkv, *qkv.shape), starts).flatten(1)
+
+
+def text_keys(
+    content: Tensor, gain: Tensor, altitude_h: Tensor, starts: Tensor, longest: int, turning: int, epsilon: float
+) -> Tensor:
+    """The keys of `model.attention.TextKeyValue`, of prompts without padding: with normed content after ``turning``
+    dimensions of zero, and before the geometry.
+
+    Args:
+        content: [R, heads, still].
+        gain: [still].
+        altitude_h: [heads].
+        starts: As in `text_attention`.
+        longest: T, tokens of the longest prompt.
+        turning: Dimensions in which the field's keys turn with their position.
+        epsilon: Added to the mean square.
+
+    Returns:
+        [B, heads, T, turning + still + GEOMETRY_DIM].
+    """
+    rows, heads, still = content.shape
+    content, gain = _checked(content, rows, heads, still), _checked(gain, still)
+    return _TextKeys.apply(content, gain, _checked(altitude_h, heads), starts, longest, turning, epsilon)
+
+
+def text_values(value: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """The values of `model.attention.TextKeyValue`: [R, heads, dim] -> [B, heads, T, dim], zero where there is padding;
+    ``starts`` and ``longest`` as in `text_keys`."""
+    return _TextValues.apply(_checked(value, *value.shape), starts, longest)
+
+
 def orthogonalize(matrices: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
     """`training.optimizer.orthogonalize`, by way of the matrices' products with themselves; without gradients.
 
@@ -303,6 +345,77 @@ class _WindowAttention(torch.autograd.Function):
         pointers = _pointers(grad, *tensors, out, norm, *grads, scratch)
         load_library().window_attention_back(*pointers, *sizes)
         return *grads[:5], grads[5].sum(0), grads[6].sum(0), None
+
+
+class _TextAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, starts: Tensor) -> Tensor:
+        rows, _, heads, dim = qkv.shape
+        out, norm = qkv.new_empty(rows, heads, dim), qkv.new_empty(rows, heads)
+        ctx.sizes = starts.numel() - 1, heads, dim, dim**-0.5, _threads()
+        load_library().text_attention(*_pointers(qkv, starts, out, norm), *ctx.sizes)
+        ctx.save_for_backward(qkv, starts, out, norm)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        grad, of_qkv = grad.contiguous(), torch.zeros_like(saved[0])
+        load_library().text_attention_back(*_pointers(grad, *saved, of_qkv), *ctx.sizes)
+        return of_qkv, None
+
+
+class _TextKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        content: Tensor,
+        gain: Tensor,
+        altitude_h: Tensor,
+        starts: Tensor,
+        longest: int,
+        turning: int,
+        epsilon: float,
+    ) -> Tensor:
+        _, heads, still = content.shape
+        ctx.sizes = starts.numel() - 1, heads, longest, turning, still, GEOMETRY_DIM
+        ctx.epsilon = epsilon
+        key = content.new_empty(*ctx.sizes[:3], turning + still + GEOMETRY_DIM)
+        pointers = _pointers(content, gain, altitude_h, starts, key)
+        load_library().text_keys(*pointers, *ctx.sizes, epsilon, -FAR, _threads())
+        ctx.save_for_backward(content, gain, starts)
+        return key
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        content, gain, starts = ctx.saved_tensors
+        (batch, heads), still = ctx.sizes[:2], gain.shape[0]
+        grad, of_content = grad.contiguous(), torch.empty_like(content)
+        of_gain, of_altitude = content.new_empty(batch, still), content.new_empty(batch, heads)
+        pointers = _pointers(grad, content, gain, starts, of_content, of_gain, of_altitude)
+        load_library().text_keys_back(*pointers, *ctx.sizes, ctx.epsilon, _threads())
+        return of_content, of_gain.sum(0), of_altitude.sum(0), None, None, None, None
+
+
+class _TextValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, starts: Tensor, longest: int) -> Tensor:
+        ctx.rows, heads, dim = value.shape
+        spread = value.new_empty(starts.numel() - 1, heads, longest, dim)
+        load_library().text_values(*_pointers(value, starts, spread), *spread.shape, 0, _threads())
+        ctx.save_for_backward(starts)
+        return spread
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (starts,) = ctx.saved_tensors
+        grad = grad.contiguous()
+        of_value = grad.new_empty(ctx.rows, grad.shape[1], grad.shape[3])
+        load_library().text_values(*_pointers(of_value, starts, grad), *grad.shape, 1, _threads())
+        return of_value, None, None
 
 
 def _sizes(tensors: list[Tensor], grid: BlockGrid) -> tuple[tuple[int, ...], Tensor]:

@@ -92,6 +92,25 @@ def cases() -> list[Case]:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    prompts = [(0, 7), (7, 7), (7, 8), (8, 12)]
+    starts = torch.tensor([0, 7, 7, 8, 12], dtype=torch.int32, device="cpu")
+
+    def self_attended(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.permute(1, 2, 0, 3)
+        return ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+    def told(rows: Tensor) -> Tensor:
+        return F.pad(rows.transpose(0, 1), (0, 0, 0, 7 - len(rows)))
+
+    def keys_of_text(content: Tensor, gain: Tensor, altitude: Tensor) -> Tensor:
+        content = norm(content) * gain
+        heights = altitude[:, None, None].expand(-1, len(content), 2).transpose(0, 1)
+        rows = torch.cat([content, F.pad(heights, (4, 2))], dim=-1)
+        keys = torch.stack([told(rows[first:last]) for first, last in prompts])
+        for prompt, (first, last) in enumerate(prompts):
+            keys[prompt, :, last - first :, 22:24] = -9
+        return F.pad(keys, (4, 0))
+
     grid = BlockGrid(height=7, width=11, block=4, radius=2, shift=2)
     cpu = torch.device("cpu")
     places = window_coordinates(7, 11, cpu).reshape(-1, 2)
@@ -137,6 +156,24 @@ def cases() -> list[Case]:
             (normal(2, 5, 3, 22), normal(22)),
         ),
         Case("gated_linear", ops.gated_linear, gated, (normal(3, 5, 42),)),
+        Case(
+            "text_attention",
+            lambda qkv: ops.text_attention(qkv, starts),
+            lambda qkv: torch.cat([self_attended(qkv[first:last]) for first, last in prompts]),
+            (normal(12, 3, 2, 19),),
+        ),
+        Case(
+            "text_keys",
+            lambda content, gain, altitude: ops.text_keys(content, gain, altitude, starts, 7, 4, 1e-6).clamp_min(-9),
+            keys_of_text,
+            (normal(12, 3, 18), normal(18), normal(3)),
+        ),
+        Case(
+            "text_values",
+            lambda value: ops.text_values(value, starts, 7),
+            lambda value: torch.stack([told(value[first:last]) for first, last in prompts]),
+            (normal(12, 3, 18),),
+        ),
         *(
             Case(
                 f"window_attention of {content}",
