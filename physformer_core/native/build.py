@@ -55,6 +55,7 @@ _ARGUMENTS = {
     "text_values": (*(_P,) * 3, _L, *(_I,) * 5),
     "orthogonalize": (*(_P,) * 3, _L, _I, _I, _I, _F, _F, _F, _I),
     "orthogonalize_scratch": (_I, _I),
+    "muon_step": (*(_P,) * 4, _L, _I, _I, _I, *(_F,) * 6, _I),
 }
 _RESULTS = {"window_scratch": _L, "orthogonalize_scratch": _L, "tokens_in_a_part": _I, "area_average": _I}
 

@@ -117,34 +117,39 @@ static void multiply_symmetric(const float *left, const float *right, int side, 
     mirror(out, side);
 }
 
+typedef struct {
+    int rows, columns, steps;
+    float a, b, c;
+} iteration;
+
 /* Newton-Schulz: x becomes P x with the polynomial P = a + b G + c G G of G = x x^T, `steps` times. All those commute, so
- * that G is iterated and x multiplied once by the product of all P. */
-static void orthogonalize_one(const float *from, float *to, int rows, int columns, int steps, float a, float b, float c,
-                              float *scratch) {
+ * that G is iterated and x multiplied once by the product of all P. x, at the beginning of `scratch`, is scaled. */
+static void orthogonalize_one(float *to, iteration by, float *scratch) {
+    int rows = by.rows, columns = by.columns;
     int turned = rows > columns, side = least(rows, columns), length = turned ? rows : columns;
     int64_t numbers = (int64_t)rows * columns, square = (int64_t)side * side;
     float *x = scratch, *gram = x + numbers, *factor = gram + square, *product = factor + square;
     float *spare = product + square, *packed = spare + square;
     double sum = 0; /* row by row: of millions of squares a float would lose some */
-    for (int row = 0; row < rows; row++) sum += dot_of(from + (int64_t)row * columns, from + (int64_t)row * columns, columns);
+    for (int row = 0; row < rows; row++) sum += dot_of(x + (int64_t)row * columns, x + (int64_t)row * columns, columns);
     float scale = 1.0f / ((float)sqrt(sum) + 1e-7f);
-    for (int64_t i = 0; i < numbers; i++) x[i] = from[i] * scale;
+    for (int64_t i = 0; i < numbers; i++) x[i] *= scale;
     matrix given = {x, columns, 1}, flat = turned ? transposed(given) : given;
     multiply(flat, transposed(flat), side, side, length, 1, gram, packed);
     mirror(gram, side);
-    for (int step = 0; step < steps; step++) {
-        float *by = step == 0 ? product : factor;
-        multiply_symmetric(gram, gram, side, by, packed);
-        for (int64_t i = 0; i < square; i++) by[i] = b * gram[i] + c * by[i];
-        for (int i = 0; i < side; i++) by[(int64_t)i * side + i] += a;
+    for (int step = 0; step < by.steps; step++) {
+        float *p = step == 0 ? product : factor;
+        multiply_symmetric(gram, gram, side, p, packed);
+        for (int64_t i = 0; i < square; i++) p[i] = by.b * gram[i] + by.c * p[i];
+        for (int i = 0; i < side; i++) p[(int64_t)i * side + i] += by.a;
         if (step > 0) {
-            multiply_symmetric(by, product, side, spare, packed);
+            multiply_symmetric(p, product, side, spare, packed);
             float *older = product;
             product = spare, spare = older;
         }
-        if (step < steps - 1) {
-            multiply_symmetric(by, gram, side, spare, packed);
-            multiply_symmetric(by, spare, side, gram, packed);
+        if (step < by.steps - 1) {
+            multiply_symmetric(p, gram, side, spare, packed);
+            multiply_symmetric(p, spare, side, gram, packed);
         }
     }
     matrix all_of_them = {product, 1, side};
@@ -157,17 +162,40 @@ static void orthogonalize_one(const float *from, float *to, int rows, int column
 
 /* Floats that each thread needs in `scratch`. */
 int64_t orthogonalize_scratch(int rows, int columns) {
-    int64_t side = least(rows, columns);
-    return up_to((int64_t)rows * columns + 4 * side * side + packing(columns), 16);
+    int64_t side = least(rows, columns), numbers = (int64_t)rows * columns;
+    return up_to(numbers + 4 * side * side + packing(columns), 16) + up_to(numbers, 16);
 }
 
 /* `count` matrices [rows, columns], each by one thread; at least one step. */
 void orthogonalize(const float *from, float *to, float *scratch, int64_t count, int rows, int columns, int steps,
                    float a, float b, float c, int threads) {
     int64_t each = orthogonalize_scratch(rows, columns), numbers = (int64_t)rows * columns;
+    iteration by = {rows, columns, steps, a, b, c};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t one = 0; one < count; one++) {
-        orthogonalize_one(from + one * numbers, to + one * numbers, rows, columns, steps, a, b, c,
-                          scratch + each * omp_get_thread_num());
+        float *own = scratch + each * omp_get_thread_num();
+        memcpy(own, from + one * numbers, numbers * sizeof(float));
+        orthogonalize_one(to + one * numbers, by, own);
+    }
+}
+
+/* A step of Muon for `count` weights [rows, columns] with their gradients and momenta: those come to be 1 - momentum nearer
+ * to the gradients, and the weights, times `keep`, change by `rate` times what is orthogonal of momentum and gradient. */
+void muon_step(float *const *weights, const float *const *gradients, float *const *momenta, float *scratch,
+               int64_t count, int rows, int columns, int steps, float a, float b, float c, float momentum, float keep,
+               float rate, int threads) {
+    int64_t each = orthogonalize_scratch(rows, columns), numbers = (int64_t)rows * columns;
+    iteration by = {rows, columns, steps, a, b, c};
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t one = 0; one < count; one++) {
+        float *own = scratch + each * omp_get_thread_num(), *made = own + each - up_to(numbers, 16);
+        float *weight = weights[one], *past = momenta[one];
+        const float *gradient = gradients[one];
+        for (int64_t i = 0; i < numbers; i++) {
+            past[i] += (1.0f - momentum) * (gradient[i] - past[i]);
+            own[i] = past[i] + (1.0f - momentum) * (gradient[i] - past[i]);
+        }
+        orthogonalize_one(made, by, own);
+        for (int64_t i = 0; i < numbers; i++) weight[i] = weight[i] * keep + rate * made[i];
     }
 }

@@ -115,17 +115,27 @@ class Muon(torch.optim.Optimizer):
                     if "momentum_buffer" not in self.state[param]:
                         self.state[param]["momentum_buffer"] = torch.zeros_like(param)
                 buffers = [self.state[param]["momentum_buffer"] for param in params]
+                keep = 1 - group["lr"] * group["weight_decay"]
+                rate = -group["lr"] * 0.2 * math.sqrt(max(shape[0], shape[1:].numel()))
+                if self._takes_kernel([*params, *grads, *buffers]):
+                    iteration = (self.newton_schulz_steps, NEWTON_SCHULZ)
+                    native.muon_step(params, grads, buffers, *iteration, group["momentum"], keep=keep, rate=rate)
+                    continue
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 updates = torch._foreach_lerp(grads, buffers, group["momentum"])
                 # What is orthogonal is the whole matrix: a rank that holds some of its rows needs the others'.
                 matrices = torch.stack([whole(update).flatten(1) for update in updates])
                 directions = orthogonalize(matrices, self.newton_schulz_steps, self.newton_schulz_dtype)
-                scale = -group["lr"] * 0.2 * math.sqrt(max(matrices.shape[1:]))
                 directions = directions.unflatten(2, shape[1:])
                 parts = [divided_like(one, param) for one, param in zip(directions, params, strict=True)]
                 if group["weight_decay"]:
-                    torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, parts, alpha=scale)
+                    torch._foreach_mul_(params, keep)
+                torch._foreach_add_(params, parts, alpha=rate)
+
+    def _takes_kernel(self, tensors: list[Tensor]) -> bool:
+        """Whether the kernel in C can take these: float32 on a CPU, whole, and in order in memory."""
+        plain = self.newton_schulz_dtype == torch.float32 and native.takes(*tensors)
+        return plain and all(tensor.is_contiguous() for tensor in tensors)
 
 
 _NOT_MATRICES = ("modulation", "logit", "lora_", "refiner.enter", "refiner.leave")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import Any
 
@@ -218,6 +219,42 @@ def orthogonalize(matrices: Tensor, steps: int, coefficients: tuple[float, float
     pointers = _pointers(matrices, out, scratch)
     load_library().orthogonalize(*pointers, count, rows, columns, steps, *coefficients, _threads())
     return out
+
+
+def muon_step(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    momenta: list[Tensor],
+    steps: int,
+    coefficients: tuple[float, float, float],
+    momentum: float,
+    *,
+    keep: float,
+    rate: float,
+) -> None:
+    """A step of `training.optimizer.Muon` for weights of one shape, in place, each by one thread.
+
+    Args:
+        weights, gradients, momenta: [m, ...], read as m x n matrices, in memory in that order.
+        steps, coefficients: As in `orthogonalize`.
+        momentum: What the momenta keep of themselves.
+        keep: What the weights are multiplied by.
+        rate: What the orthogonal matrices are multiplied by before they are added.
+    """
+    shape = weights[0].shape
+    rows, columns = shape[0], shape[1:].numel()
+    for tensor in (*weights, *gradients, *momenta):
+        if not _is_plain(tensor) or not tensor.is_contiguous() or tensor.shape != shape:
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} that cannot be taken as {tuple(shape)}")
+    if steps < 1 or not len(weights) == len(gradients) == len(momenta):
+        raise ValueError(f"{steps} steps for {len(weights)}, {len(gradients)} and {len(momenta)} tensors")
+    scratch = torch.empty(
+        _threads() * load_library().orthogonalize_scratch(rows, columns), dtype=torch.float32, device="cpu"
+    )
+    several = ctypes.c_void_p * len(weights)
+    lists = [several(*_pointers(*tensors)) for tensors in (weights, gradients, momenta)]
+    sizes = len(weights), rows, columns, steps
+    load_library().muon_step(*lists, *_pointers(scratch), *sizes, *coefficients, momentum, keep, rate, _threads())
 
 
 def attention_flops(pairs: int, heads: int, head_dim: int) -> int:

@@ -133,6 +133,33 @@ def test_muon_agrees_with_torch(shape):
     assert moved > 0.1 and (ours - theirs).norm() < 0.01 * moved  # both in bfloat16, in another order of operations
 
 
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+def test_muon_in_c_is_muon_in_torch(request):
+    torch.manual_seed(3)
+    shapes = [(24, 24), (24, 24), (50, 300), (8, 3, 4, 4), (40, 9)]
+    start = [torch.randn(shape) for shape in shapes]
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
+    gradients[1][0] = gradients[1][0].T.contiguous().T  # not in order in memory: torch does those of its shape
+
+    def weights() -> list[torch.Tensor]:
+        params = [nn.Parameter(t.clone()) for t in start]
+        muon = Muon(params, lr=0.1, momentum=0.9, weight_decay=0.5)
+        for step in gradients:
+            for param, gradient in zip(params, step, strict=True):
+                param.grad = gradient.clone()
+            muon.step()
+        return params + [muon.state[param]["momentum_buffer"] for param in params]
+
+    found = weights()
+    request.getfixturevalue("without_native")
+    for one, other in zip(found, weights(), strict=True):
+        torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="cannot be taken"):
+        native.muon_step(
+            [torch.ones(2, 3).T], [torch.ones(3, 2)], [torch.ones(3, 2)], 1, (1, 1, 1), 0.9, keep=1, rate=1
+        )
+
+
 def test_every_parameter_is_trained_exactly_once():
     network = model()
     muon, adamw = split_parameters(network)
