@@ -32,8 +32,13 @@ def test_it_is_for_training_on_a_cpu() -> None:
         assert TextRows.of(MASK) is None
 
 
+@pytest.mark.parametrize("kernels", [True, False], ids=["in C, if that can run", "in torch"])
 @pytest.mark.parametrize("sizes", [{}, {"base_num_layers": 1, "base_hidden_size": 32, "base_num_heads": 2}])
-def test_prompts_and_gradients_are_those_with_padding(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_and_gradients_are_those_with_padding(
+    sizes: dict[str, int], kernels: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if not kernels:
+        request.getfixturevalue("without_native")
     torch.manual_seed(0)
     sizes = sizes and {**sizes, "base_patch_size": 4}
     arguments: dict[str, Any] = load_preset("debug").model | {"text_dim": 12, "pooled_dim": 10, **sizes}
