@@ -160,7 +160,7 @@ static void orthogonalize_one(float *to, iteration by, float *scratch) {
     }
 }
 
-/* Floats that each thread needs in `scratch`. */
+/* Floats that each thread needs in `scratch`: to work in, and for what `muon_step` makes. */
 int64_t orthogonalize_scratch(int rows, int columns) {
     int64_t side = least(rows, columns), numbers = (int64_t)rows * columns;
     return up_to(numbers + 4 * side * side + packing(columns), 16) + up_to(numbers, 16);
@@ -179,10 +179,10 @@ void orthogonalize(const float *from, float *to, float *scratch, int64_t count, 
     }
 }
 
-/* A step of Muon for `count` weights [rows, columns] with their gradients and momenta: those come to be 1 - momentum nearer
- * to the gradients, and the weights, times `keep`, change by `rate` times what is orthogonal of momentum and gradient. */
+/* A step of Muon for `count` weights [rows, columns] with their gradients and momenta: those come to be `nearer` to
+ * the gradients, and the weights, times `keep`, change by `rate` times what is orthogonal of momentum and gradient. */
 void muon_step(float *const *weights, const float *const *gradients, float *const *momenta, float *scratch,
-               int64_t count, int rows, int columns, int steps, float a, float b, float c, float momentum, float keep,
+               int64_t count, int rows, int columns, int steps, float a, float b, float c, float nearer, float keep,
                float rate, int threads) {
     int64_t each = orthogonalize_scratch(rows, columns), numbers = (int64_t)rows * columns;
     iteration by = {rows, columns, steps, a, b, c};
@@ -192,8 +192,8 @@ void muon_step(float *const *weights, const float *const *gradients, float *cons
         float *weight = weights[one], *past = momenta[one];
         const float *gradient = gradients[one];
         for (int64_t i = 0; i < numbers; i++) {
-            past[i] += (1.0f - momentum) * (gradient[i] - past[i]);
-            own[i] = past[i] + (1.0f - momentum) * (gradient[i] - past[i]);
+            past[i] += nearer * (gradient[i] - past[i]);
+            own[i] = past[i] + nearer * (gradient[i] - past[i]);
         }
         orthogonalize_one(made, by, own);
         for (int64_t i = 0; i < numbers; i++) weight[i] = weight[i] * keep + rate * made[i];

@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
     ``0.2 sqrt(max(m, n))`` so that its size matches AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
 
     Of matrices that are divided over ranks (FSDP2), every rank gathers the momentum, orthogonalises the whole, and
-    keeps its part: the result is that of one process.
+    keeps its part: the result is that of one process, to rounding.
 
     Args:
         params: Matrices, and kernels of convolutions, which are matrices from patches to channels.

@@ -46,7 +46,7 @@ def newton_schulz_flops(matrix: Tensor, dtype: torch.dtype = torch.float32) -> i
 
     As it is written: per iteration X X^T, its square, and that times X. On X X^T: that once; per iteration its square,
     a product of polynomials (not the first time) and two with X X^T (not the last time); one with X. In C those that
-    are symmetric, which is all but the last, are made by half.
+    are symmetric, which is all but the last, are made by half; an estimate, whose network is on no device, is torch's.
     """
     m, n = sorted((matrix.shape[0], math.prod(matrix.shape[1:])))  # of shapes alone: a rank may hold only some rows
     if dtype == torch.float32 and matrix.device.type == "cpu" and native.why_not() is None:

@@ -60,6 +60,17 @@ def _checked(tensor: Tensor, *shape: int) -> Tensor:
     return tensor.expand(shape).contiguous()
 
 
+def _checked_starts(starts: Tensor, rows: int, longest: int | None = None) -> Tensor:
+    """Where prompts begin among ``rows`` tokens, if that can be, and none is longer than ``longest``."""
+    lengths = starts.diff()
+    whole = starts.ndim == 1 and len(starts) > 1 and int(starts[0]) == 0 and int(starts[-1]) == rows
+    if starts.dtype != torch.int32 or not whole or int(lengths.min()) < 0:
+        raise ValueError(f"{starts.dtype} {starts.tolist()} does not divide {rows} rows among prompts")
+    if longest is not None and int(lengths.max()) > longest:
+        raise ValueError(f"a prompt of {int(lengths.max())} tokens where {longest} are the most")
+    return starts.contiguous()
+
+
 def norm_modulate(hidden_states: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
     """``rms_norm(h) * (1 + scale) + shift``.
 
@@ -169,6 +180,7 @@ def text_attention(qkv: Tensor, starts: Tensor) -> Tensor:
     Returns:
         [R, heads * dim].
     """
+    starts = _checked_starts(starts, qkv.shape[0])
     return _TextAttention.apply(_checked(qkv, *qkv.shape), starts).flatten(1)
 
 
@@ -176,7 +188,8 @@ def text_keys(
     content: Tensor, gain: Tensor, altitude_h: Tensor, starts: Tensor, longest: int, turning: int, epsilon: float
 ) -> Tensor:
     """The keys of `model.attention.TextKeyValue`, of prompts without padding: with normed content after ``turning``
-    dimensions of zero, and before the geometry.
+    dimensions of zero, and before the geometry. Of every prompt its tokens come first, and padding, infinitely far
+    away, after them.
 
     Args:
         content: [R, heads, still].
@@ -191,20 +204,25 @@ def text_keys(
         [B, heads, T, turning + still + GEOMETRY_DIM].
     """
     rows, heads, still = content.shape
-    content, gain = _checked(content, rows, heads, still), _checked(gain, still)
+    content, gain, starts = (
+        _checked(content, rows, heads, still),
+        _checked(gain, still),
+        _checked_starts(starts, rows, longest),
+    )
     return _TextKeys.apply(content, gain, _checked(altitude_h, heads), starts, longest, turning, epsilon)
 
 
 def text_values(value: Tensor, starts: Tensor, longest: int) -> Tensor:
     """The values of `model.attention.TextKeyValue`: [R, heads, dim] -> [B, heads, T, dim], zero where there is padding;
     ``starts`` and ``longest`` as in `text_keys`."""
+    starts = _checked_starts(starts, value.shape[0], longest)
     return _TextValues.apply(_checked(value, *value.shape), starts, longest)
 
 
 def orthogonalize(matrices: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
     """`training.optimizer.orthogonalize`, by way of the matrices' products with themselves; without gradients.
 
-    All products but two are symmetric, and half of each is made.
+    All products but the last are symmetric, and half of each is made.
 
     Args:
         matrices: [K, m, n].
@@ -215,9 +233,10 @@ def orthogonalize(matrices: Tensor, steps: int, coefficients: tuple[float, float
     if steps < 1:
         raise ValueError(f"{steps} steps, and one is the least")
     matrices, out = _checked(matrices.detach(), count, rows, columns), matrices.new_empty(matrices.shape)
-    scratch = matrices.new_empty(_threads() * load_library().orthogonalize_scratch(rows, columns))
+    threads = min(_threads(), count)
+    scratch = matrices.new_empty(threads * load_library().orthogonalize_scratch(rows, columns))
     pointers = _pointers(matrices, out, scratch)
-    load_library().orthogonalize(*pointers, count, rows, columns, steps, *coefficients, _threads())
+    load_library().orthogonalize(*pointers, count, rows, columns, steps, *coefficients, threads)
     return out
 
 
@@ -248,13 +267,13 @@ def muon_step(
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} that cannot be taken as {tuple(shape)}")
     if steps < 1 or not len(weights) == len(gradients) == len(momenta):
         raise ValueError(f"{steps} steps for {len(weights)}, {len(gradients)} and {len(momenta)} tensors")
-    scratch = torch.empty(
-        _threads() * load_library().orthogonalize_scratch(rows, columns), dtype=torch.float32, device="cpu"
-    )
+    threads = min(_threads(), len(weights))
+    scratch = momenta[0].new_empty(threads * load_library().orthogonalize_scratch(rows, columns))
     several = ctypes.c_void_p * len(weights)
     lists = [several(*_pointers(*tensors)) for tensors in (weights, gradients, momenta)]
     sizes = len(weights), rows, columns, steps
-    load_library().muon_step(*lists, *_pointers(scratch), *sizes, *coefficients, momentum, keep, rate, _threads())
+    load_library().muon_step(*lists, *_pointers(scratch), *sizes, *coefficients, 1 - momentum, keep, rate, threads)
+    torch.autograd.graph.increment_version([*weights, *momenta])
 
 
 def attention_flops(pairs: int, heads: int, head_dim: int) -> int:

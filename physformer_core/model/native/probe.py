@@ -44,7 +44,9 @@ def first_wrong() -> str | None:
 
 def _first_wrong() -> str | None:
     wrong = next((case.name for case in cases() if not _agree(case)), None)
-    return "orthogonalize" if wrong is None and not _orthogonalize_agrees() else wrong
+    if wrong is None and not _orthogonalize_agrees():
+        return "orthogonalize"
+    return "muon_step" if wrong is None and not _muon_step_agrees() else wrong
 
 
 def _agree(case: Case) -> bool:
@@ -66,6 +68,18 @@ def _orthogonalize_agrees() -> bool:
         wanted = a * wanted + (b * gram + c * gram @ gram) @ wanted
     pairs = (given, wanted), (given.mT, wanted.mT)
     return all(bool((ops.orthogonalize(x, 3, coefficients) - y).abs().max() <= _TOLERANCE) for x, y in pairs)
+
+
+def _muon_step_agrees() -> bool:
+    generator = torch.Generator("cpu").manual_seed(2)
+    drawn = [torch.randn(3, 19, 40, generator=generator, dtype=torch.float32, device="cpu") for _ in range(3)]
+    iteration = (2, (2.0, -1.5, 0.5))
+    weights, gradients, momenta = drawn
+    moved = momenta.lerp(gradients, 0.25)
+    wanted = weights * 0.9 - 0.3 * ops.orthogonalize(gradients.lerp(moved, 0.75), *iteration)
+    one, other, third = (list(t.unbind()) for t in drawn)
+    ops.muon_step(one, other, third, *iteration, 0.75, keep=0.9, rate=-0.3)
+    return all(bool((a - b).abs().max() <= _TOLERANCE) for a, b in ((weights, wanted), (momenta, moved)))
 
 
 def cases() -> list[Case]:

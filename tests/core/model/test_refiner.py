@@ -85,3 +85,15 @@ def test_it_is_saved_and_runs_in_every_dtype(
     assert output.dtype == torch.float32
     # In float32 not the same bits everywhere: where a library's products depend on how weights lie in memory.
     assert (output - exact).square().mean().sqrt() <= {torch.float32: 1e-5, torch.float16: 0.02}.get(dtype, 0.1)
+
+
+def test_doubling_is_a_pixel_shuffle() -> None:
+    torch.manual_seed(0)
+    refiner = PhysFormerRefiner(3, 16, 4, 5)
+    half = torch.randn(2, 10, 3, 7, requires_grad=True)
+    leaves = (half, refiner.up.weight, refiner.up.bias)
+    results = refiner.doubled(half), torch.nn.functional.pixel_shuffle(refiner.up(half), 2)
+    weights = torch.randn(results[1].shape)
+    torch.testing.assert_close(*results)
+    gradients = [torch.autograd.grad((result * weights).sum(), leaves) for result in results]
+    torch.testing.assert_close(*gradients)

@@ -63,7 +63,7 @@ def test_orthogonalize_brings_singular_values_near_1(shape):
 
 
 @pytest.mark.parametrize("without", [False, True], ids=["in C, if that can run", "in torch"])
-@pytest.mark.parametrize("shape", [(24, 64), (24, 24), (47, 31), (9, 600), (101, 260)])
+@pytest.mark.parametrize("shape", [(24, 64), (24, 24), (47, 31), (9, 600), (101, 260), (300, 310)])
 def test_orthogonalize_by_products_is_the_iteration_itself(shape, without, request):
     if without:
         request.getfixturevalue("without_native")
@@ -134,8 +134,12 @@ def test_muon_agrees_with_torch(shape):
 
 
 @pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
-def test_muon_in_c_is_muon_in_torch(request):
+def test_muon_in_c_is_muon_in_torch(request, monkeypatch):
     torch.manual_seed(3)
+    in_c, kernel = [], native.muon_step
+    monkeypatch.setattr(
+        native, "muon_step", lambda weights, *rest, **more: (in_c.append(1), kernel(weights, *rest, **more))
+    )
     shapes = [(24, 24), (24, 24), (50, 300), (8, 3, 4, 4), (40, 9)]
     start = [torch.randn(shape) for shape in shapes]
     gradients = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
@@ -151,6 +155,7 @@ def test_muon_in_c_is_muon_in_torch(request):
         return params + [muon.state[param]["momentum_buffer"] for param in params]
 
     found = weights()
+    assert len(in_c) == 4 + 3 + 4
     request.getfixturevalue("without_native")
     for one, other in zip(found, weights(), strict=True):
         torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-5)

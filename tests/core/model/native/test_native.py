@@ -81,6 +81,14 @@ def test_other_shapes_and_types_are_refused() -> None:
         ops.norm_modulate(ones, torch.ones(3, 1, 4), torch.ones(2, 1, 4), 1e-6)
     with pytest.raises(ValueError, match="float32"):
         ops.gated_linear(ones.double())
+    qkv = torch.ones(5, 3, 1, 8)
+    for starts in ([0, 3], [1, 5], [0, 4, 3, 5], [0, 6], [5]):
+        with pytest.raises(ValueError, match="does not divide 5 rows"):
+            ops.text_attention(qkv, torch.tensor(starts, dtype=torch.int32))
+    with pytest.raises(ValueError, match="int64"):
+        ops.text_attention(qkv, torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="5 tokens where 4"):
+        ops.text_values(qkv[:, 0], torch.tensor([0, 5], dtype=torch.int32), 4)
     query, value = torch.ones(1, 6, 1, 8), torch.ones(1, 6, 1, 16)
     drift, sigma = torch.zeros(1, 2), torch.ones(1)
     with pytest.raises(ValueError, match="6 tokens"):
