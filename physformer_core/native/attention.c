@@ -44,9 +44,6 @@ typedef struct {
     float middle_y, middle_x;
 } place;
 
-static int at_least(int a, int b) { return a > b ? a : b; }
-static int at_most(int a, int b) { return a < b ? a : b; }
-
 static place place_of(const field *f, int block_y, int block_x) {
     int y = block_y * f->block - f->lead_y, x = block_x * f->block - f->lead_x;
     float middle = 0.5f * f->block - 0.5f;

@@ -20,8 +20,6 @@ typedef struct {
 
 static matrix transposed(matrix m) { return (matrix){m.at, m.across, m.down}; }
 
-static int least(int a, int b) { return a < b ? a : b; }
-
 static int64_t up_to(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
 
 /* Writes the first `depth` columns of `lines` rows so that `width` rows lie side by side, column by column; zero beyond
@@ -29,7 +27,7 @@ static int64_t up_to(int64_t number, int64_t multiple) { return (number + multip
 static inline void pack(matrix from, int lines, int depth, int width, float *to) {
     for (int line = 0; line < lines; line += width, to += (int64_t)width * depth) {
         const float *at = from.at + line * from.down;
-        int there = least(width, lines - line);
+        int there = at_most(width, lines - line);
         if (there == width && from.down == 1) {
             for (int k = 0; k < depth; k++) {
                 for (int i = 0; i < width; i++) to[k * width + i] = at[k * from.across + i];
@@ -68,11 +66,11 @@ static void multiply(matrix left, matrix right, int rows, int columns, int depth
                      float *packed) {
     float *panels = packed + BAND * DEEP;
     for (int from = 0; from < depth; from += DEEP) {
-        int deep = least(DEEP, depth - from);
+        int deep = at_most(DEEP, depth - from);
         matrix deeper = {right.at + from * right.down, right.down, right.across};
         pack(transposed(deeper), columns, deep, WIDE, panels);
         for (int top = 0; top < rows; top += BAND) {
-            int high = least(BAND, rows - top);
+            int high = at_most(BAND, rows - top);
             pack((matrix){left.at + top * left.down + from * left.across, left.down, left.across}, high, deep, TALL,
                  packed);
             for (int x = 0; x < columns; x += WIDE) {
@@ -104,8 +102,8 @@ static int64_t packing(int columns) { return BAND * DEEP + up_to(columns, WIDE) 
 static void mirror(float *square, int side) {
     for (int top = 0; top < side; top += WIDE) {
         for (int left = 0; left <= top; left += WIDE) {
-            for (int i = top; i < least(top + WIDE, side); i++) {
-                for (int j = left; j < least(left + WIDE, i); j++) square[(int64_t)j * side + i] = square[(int64_t)i * side + j];
+            for (int i = top; i < at_most(top + WIDE, side); i++) {
+                for (int j = left; j < at_most(left + WIDE, i); j++) square[(int64_t)j * side + i] = square[(int64_t)i * side + j];
             }
         }
     }
@@ -126,7 +124,7 @@ typedef struct {
  * that G is iterated and x multiplied once by the product of all P. x, at the beginning of `scratch`, is scaled. */
 static void orthogonalize_one(float *to, iteration by, float *scratch) {
     int rows = by.rows, columns = by.columns;
-    int turned = rows > columns, side = least(rows, columns), length = turned ? rows : columns;
+    int turned = rows > columns, side = at_most(rows, columns), length = turned ? rows : columns;
     int64_t numbers = (int64_t)rows * columns, square = (int64_t)side * side;
     float *x = scratch, *gram = x + numbers, *factor = gram + square, *product = factor + square;
     float *spare = product + square, *packed = spare + square;
@@ -162,7 +160,7 @@ static void orthogonalize_one(float *to, iteration by, float *scratch) {
 
 /* Floats that each thread needs in `scratch`: to work in, and for what `muon_step` makes. */
 int64_t orthogonalize_scratch(int rows, int columns) {
-    int64_t side = least(rows, columns), numbers = (int64_t)rows * columns;
+    int64_t side = at_most(rows, columns), numbers = (int64_t)rows * columns;
     return up_to(numbers + 4 * side * side + packing(columns), 16) + up_to(numbers, 16);
 }
 

@@ -77,7 +77,7 @@ void text_keys(const float *content, const float *gain, const float *altitude, c
             to[turning + still + 4] = to[turning + still + 5] = t < count ? altitude[head] : hidden;
             if (t >= count) continue;
             const float *from = content + ((int64_t)(first + t) * heads + head) * still;
-            float inverse = 1.0f / sqrtf(dot_of(from, from, still) / still + epsilon);
+            float inverse = inverse_rms(from, still, epsilon);
             for (int i = 0; i < still; i++) to[turning + i] = from[i] * inverse * gain[i];
         }
     }
@@ -99,7 +99,7 @@ void text_keys_back(const float *grad, const float *content, const float *gain, 
             for (int t = 0; t < count; t++, g += dim) {
                 const float *from = content + ((int64_t)(first + t) * heads + head) * still;
                 float *to = grad_content + ((int64_t)(first + t) * heads + head) * still;
-                float inverse = 1.0f / sqrtf(dot_of(from, from, still) / still + epsilon);
+                float inverse = inverse_rms(from, still, epsilon);
                 for (int i = 0; i < still; i++) {
                     of_gain[i] += g[i] * from[i] * inverse;
                     back[i] = g[i] * gain[i];

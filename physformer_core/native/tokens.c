@@ -7,10 +7,6 @@
 
 int tokens_in_a_part(void) { return PART; }
 
-static inline float inverse_rms(const float *row, int dim, float epsilon) {
-    return 1.0f / sqrtf(dot_of(row, row, dim) / dim + epsilon);
-}
-
 void norm_modulate(const float *h, const float *scale, const float *shift, float *out, int64_t batch, int64_t tokens,
                    int dim, float epsilon, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -91,3 +91,10 @@ static inline float dot_of(const float *one, const float *other, int dim) {
     for (; i < dim; i++) sum += one[i] * other[i];
     return sum;
 }
+
+static inline float inverse_rms(const float *row, int dim, float epsilon) {
+    return 1.0f / sqrtf(dot_of(row, row, dim) / dim + epsilon);
+}
+
+static inline int at_least(int a, int b) { return a > b ? a : b; }
+static inline int at_most(int a, int b) { return a < b ? a : b; }
