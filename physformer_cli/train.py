@@ -335,7 +335,7 @@ def _train(
         "checkpoint": str(checkpoint),
         "step": trainer.step,
         "steps_done": trainer.step - first_step,
-        "skipped": trainer.skipped,
+        "skipped": trainer.updates.skipped,
         "seconds": round(time.monotonic() - began, 3),
         "losses": losses,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),

@@ -20,11 +20,20 @@ class WeightAverage:
         self._held: dict[str, Tensor] | None = None
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Moves the average towards the model's weights after optimizer step ``step`` (counted from 0)."""
+    def update(self, model: nn.Module, step: int, found_inf: Tensor | None = None) -> None:
+        """Moves the average towards the model's weights after optimizer step ``step`` (counted from 0).
+
+        ``found_inf`` is a number on the device: the average stays where it is if it is 1.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         params = [p.detach() for _, p in _trained(model)]
-        torch._foreach_lerp_(list(self.shadow.values()), params, 1 - decay)
+        averages = list(self.shadow.values())
+        if found_inf is None:
+            torch._foreach_lerp_(averages, params, 1 - decay)
+        else:  # there is no lerp with a weight on the device
+            moves = torch._foreach_sub(params, averages)
+            torch._foreach_mul_(moves, (1 - decay) * (1 - found_inf))
+            torch._foreach_add_(averages, moves)
 
     @torch.no_grad()
     def swap_in(self, model: nn.Module) -> None:

@@ -85,7 +85,13 @@ class Muon(torch.optim.Optimizer):
         weight_decay: Decoupled.
         steps: Newton-Schulz iterations.
         dtype: Arithmetic of the iterations.
+
+    Attributes:
+        found_inf: As torch's fused optimizers have it: a number on the device, 1 if the next step is to change nothing
+            whatever the gradients hold; None if they are known to be finite.
     """
+
+    found_inf: Tensor | None
 
     def __init__(
         self,
@@ -99,6 +105,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.newton_schulz_steps, self.newton_schulz_dtype = steps, dtype
+        self.found_inf = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -117,10 +124,13 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[param]["momentum_buffer"] for param in params]
                 keep = 1 - group["lr"] * group["weight_decay"]
                 rate = -group["lr"] * 0.2 * math.sqrt(max(shape[0], shape[1:].numel()))
-                if self._takes_kernel([*params, *grads, *buffers]):
+                if self.found_inf is None and self._takes_kernel([*params, *grads, *buffers]):
                     iteration = (self.newton_schulz_steps, NEWTON_SCHULZ)
                     native.muon_step(params, grads, buffers, *iteration, group["momentum"], keep=keep, rate=rate)
                     continue
+                if self.found_inf is not None:
+                    spoilt = self.found_inf > 0
+                    grads = [torch.where(spoilt, own, grad) for own, grad in zip(buffers, grads, strict=True)]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 updates = torch._foreach_lerp(grads, buffers, group["momentum"])
                 # What is orthogonal is the whole matrix: a rank that holds some of its rows needs the others'.
@@ -128,9 +138,15 @@ class Muon(torch.optim.Optimizer):
                 directions = orthogonalize(matrices, self.newton_schulz_steps, self.newton_schulz_dtype)
                 directions = directions.unflatten(2, shape[1:])
                 parts = [divided_like(one, param) for one, param in zip(directions, params, strict=True)]
-                if group["weight_decay"]:
-                    torch._foreach_mul_(params, keep)
-                torch._foreach_add_(params, parts, alpha=rate)
+                if self.found_inf is None:
+                    if group["weight_decay"]:
+                        torch._foreach_mul_(params, keep)
+                    torch._foreach_add_(params, parts, alpha=rate)
+                else:
+                    applied = 1 - self.found_inf
+                    torch._foreach_mul_(params, 1 - (1 - keep) * applied)
+                    torch._foreach_mul_(parts, rate * applied)
+                    torch._foreach_add_(params, parts)
 
     def _takes_kernel(self, tensors: list[Tensor]) -> bool:
         """Whether the kernel in C can take these: float32 on a CPU, whole, and in order in memory."""
@@ -207,11 +223,15 @@ class Optimizer:
             part = Muon(muon.values(), lr=muon_lr, weight_decay=weight_decay, dtype=muon_dtype)
             self.parts.append((part, muon_lr))
 
-    def step(self, factor: float) -> None:
-        """One update at ``factor`` of the peak learning rates."""
+    def step(self, factor: float, found_inf: Tensor | None = None) -> None:
+        """One update at ``factor`` of the peak learning rates.
+
+        ``found_inf`` is a number on the device: if it is 1, the update changes nothing. It needs AdamW's fused form.
+        """
         for part, peak in self.parts:
             for group in part.param_groups:
                 group["lr"] = peak * factor
+            part.found_inf = found_inf  # type: ignore[attr-defined]
             part.step()
 
     def zero_grad(self) -> None:

@@ -170,7 +170,7 @@ class Interval:
             wait_fraction=self.waited / elapsed,
             learning_rate=train.lr * schedule(trainer.step, train.steps, warmup_fraction=train.warmup_fraction),
             gradient_norm=float(finite.mean()) if len(finite) else None,
-            skipped=trainer.skipped,
+            skipped=trainer.updates.skipped,
             statistics={name: value for name, value in statistics.items() if math.isfinite(value)},
             memory_bytes=peak_memory(trainer.device, reserved=trainer.recorded),
             matrix_share=self.operations / elapsed / trainer.matrix_peak if trainer.matrix_peak else None,

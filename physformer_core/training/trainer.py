@@ -49,6 +49,7 @@ from physformer_core.training.optimizer import Optimizer, muon_dtype, schedule
 from physformer_core.training.recorded import RecordedPasses, resolve_recording, why_not_recorded
 from physformer_core.training.report import Interval, RunLog, StepReport, open_log
 from physformer_core.training.samples import SampleGrid
+from physformer_core.training.update import MAX_BAD_STEPS, Updates
 from physformer_core.training.watching import WorkMeter
 
 _NAMED_EXAMPLES = 8
@@ -59,9 +60,6 @@ draws the 14 million numbers of a thousand crops in some 100 ms: three times as 
 
 _OF_LEVEL_0 = ("refiner_channels", "base_num_layers", "base_hidden_size", "base_num_heads", "base_patch_size")
 """Sizes of parts that level 0 alone has, and that a run may add to the network that it starts from."""
-
-MAX_BAD_STEPS = 10
-"""Steps in a row with a non-finite loss or gradient after which training stops."""
 
 
 class TrainingDiverged(PhysFormerError):
@@ -190,10 +188,16 @@ class Trainer:
         self.samples: SampleGrid | None = None
         if train.sample_every:
             self.samples = SampleGrid(self.pipeline, self.shards, train, self.output_dir / "samples")
+        self.updates = Updates(
+            self.model,
+            self.optimizer,
+            self.ema,
+            self.ranks,
+            ahead=self.device.type == "cuda" and self.ranks.alone and not self.gradients.scaler.is_enabled(),
+            on_spoilt=self._give_up,
+        )
         self.step = 0
-        self.skipped = 0
         self.later: Path | None = None  # where `resume` has put checkpoints of later steps
-        self._bad_in_a_row = 0
         self._stop = False
         self._stopped = False
 
@@ -325,7 +329,7 @@ class Trainer:
         state.restore(self.model, self.optimizer, self.ema, self.ranks)
         if scale := metadata.get("loss_scale"):
             self.gradients.restore_scale(scale)
-        self.step, self.skipped = step, int(metadata["skipped"])
+        self.step, self.updates.skipped = step, int(metadata["skipped"])
         with self.ranks.together():
             if self.ranks.is_main:
                 self.later = set_aside(self.checkpoint_dir, self.step)
@@ -419,6 +423,7 @@ class Trainer:
                     with interval.paused():
                         validation = self.validate()
                 if last or validation or self.step % train.log_every == 0:
+                    self.updates.settle()
                     report = interval.report(self, validation)
                     with self.ranks.together():
                         if log is not None:
@@ -461,29 +466,19 @@ class Trainer:
                 f"step {self.step} does not fit into the memory of {self.device}",
                 hint=f"--accumulate 2 or more, --gradient-checkpointing{graphs}; --resume auto goes on",
             ) from error
-        # A loss can overflow whose gradients do not, on one rank alone; the norm is every rank's.
-        if not torch.isfinite(losses.norm) or self.ranks.any(not torch.isfinite(losses.mean)):
-            self.skipped += 1
-            self._bad_in_a_row += 1
-            if self._bad_in_a_row >= MAX_BAD_STEPS:
-                self._give_up(batch)
-        else:
-            self._bad_in_a_row = 0
-            factor = schedule(self.step, train.steps, warmup_fraction=train.warmup_fraction)
-            self.optimizer.step(factor)
-            self.ema.update(self.model, self.step)
-        self.optimizer.zero_grad()
+        factor = schedule(self.step, train.steps, warmup_fraction=train.warmup_fraction)
+        self.updates.apply(self.step, factor, batch, losses)
         interval.note(losses.statistics)
         interval.add(batch, losses)
 
-    def _give_up(self, batch: Batch) -> NoReturn:
+    def _give_up(self, step: int, batch: Batch) -> NoReturn:
         keys = [self.shards.example_key(batch.kind, index) for index in batch.indices[:_NAMED_EXAMPLES].tolist()]
         more = f" and {batch.total - len(keys)} more" if batch.total > len(keys) else ""
         saved = list_checkpoints(self.checkpoint_dir)
         with self.ranks.together():
             if self.ranks.is_main:
                 raise TrainingDiverged(
-                    f"loss or gradients were not finite for {MAX_BAD_STEPS} steps in a row, up to step {self.step} "
+                    f"loss or gradients were not finite for {MAX_BAD_STEPS} steps in a row, up to step {step} "
                     f"(examples {', '.join(keys)}{more}); the last good checkpoint is {saved[-1] if saved else 'none'}",
                     hint=f"--resume {saved[-1] if saved else 'none'} with a lower learning rate"
                     + (", or --bf16" if self.dtype == torch.float16 else ""),
@@ -534,12 +529,13 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step."""
+        self.updates.settle()
         train = self.config.training
         metadata = {
             "config": self.config.to_dict(),
             "data_key": self.shards.manifest["key"],
             "text_encoder": self.shards.manifest["captions"]["encoder"],
-            "skipped": self.skipped,
+            "skipped": self.updates.skipped,
             "adapter": self.adapter,
             "loss_scale": self.gradients.scaler.state_dict(),
         }

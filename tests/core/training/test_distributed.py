@@ -57,7 +57,7 @@ def train(data, folder, options, resume):
         trainer.run()
         if options.get("dtype") == "fp16":
             Path(folder, f"scale-{ranks.rank}").write_text(json.dumps(
-                [trainer.skipped, trainer.gradients.scaler.get_scale()]))
+                [trainer.updates.skipped, trainer.gradients.scaler.get_scale()]))
 
 def spoil(trainer):
     compute = trainer.gradients.compute

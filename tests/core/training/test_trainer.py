@@ -20,7 +20,8 @@ from physformer_core.data.loader import BatchStream
 from physformer_core.errors import CheckpointError, ConfigError, OutputError
 from physformer_core.training import checkpoint
 from physformer_core.training.checkpoint import list_checkpoints, load_training_state
-from physformer_core.training.trainer import MAX_BAD_STEPS, Trainer, TrainingDiverged
+from physformer_core.training.trainer import Trainer, TrainingDiverged
+from physformer_core.training.update import MAX_BAD_STEPS
 
 pytestmark = pytest.mark.timeout(900)  # a machine with other work may take its time
 
@@ -297,7 +298,7 @@ def test_divergence_is_told_with_its_step(scene_set, tmp_path):
     ) as caught:
         trainer.run()
     assert "lower learning rate" in caught.value.hint
-    assert f"up to step {trainer.step} " in caught.value.message and trainer.skipped == MAX_BAD_STEPS
+    assert f"up to step {trainer.step} " in caught.value.message and trainer.updates.skipped == MAX_BAD_STEPS
     batch = BatchStream(trainer.shards, seed=0, batch_size=4, crop_fraction=0.5).batch(trainer.step)
     assert all(trainer.shards.example_key(batch.kind, one) in caught.value.message for one in batch.indices.tolist())
 
@@ -323,7 +324,7 @@ def test_one_bad_step_is_skipped(scene_set, tmp_path):
     trainer.objective = spoiled
     trainer.validate = dict
     trainer.run()
-    assert trainer.skipped == 1
+    assert trainer.updates.skipped == 1
     assert not torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
     assert load_training_state(trainer.checkpoint_dir / "step-00000003").metadata["skipped"] == 1
 
@@ -342,7 +343,7 @@ def test_a_step_whose_loss_alone_is_not_finite_is_skipped_too(scene_set, tmp_pat
     trainer.objective = overflowing
     trainer.validate = dict
     trainer.run()
-    assert trainer.skipped == 1
+    assert trainer.updates.skipped == 1
 
 
 @pytest.mark.parametrize(("share", "level"), [(2.5, 1), (10, 2)])
@@ -409,14 +410,14 @@ def test_fp16_scales_the_loss_and_remembers_by_how_much(scene_set, tmp_path):
     plain.on_report, half.on_report = first.append, second.append
     plain.run()
     half.run()
-    assert half.skipped == 1 and half.gradients.scaler.get_scale() == 2.0**15
+    assert half.updates.skipped == 1 and half.gradients.scaler.get_scale() == 2.0**15
     assert all(p.dtype == torch.float32 for p in half.model.parameters())
     for before, after in zip(first[:2], second[:2], strict=True):
         assert after.losses == pytest.approx(before.losses, rel=0.01)
 
     again = make(scene_set, tmp_path / "half", **options)
     again.resume("auto")
-    assert again.gradients.scaler.state_dict() == half.gradients.scaler.state_dict() and again.skipped == 1
+    assert again.gradients.scaler.state_dict() == half.gradients.scaler.state_dict() and again.updates.skipped == 1
     # A run goes on in another format.
     make(scene_set, tmp_path / "half", **options | {"dtype": "fp32", "steps": 9}).resume("auto")
 
