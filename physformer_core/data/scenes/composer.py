@@ -43,12 +43,12 @@ ASPECTS: dict[str, float] = {
 }
 """Width : height, and how often it is drawn: mostly squares, and the shape that names of resolutions stand for."""
 
-KINDS: dict[str, float] = {"single": 0.26, "setting": 0.32, "pair": 0.30, "place": 0.06, "prompt": 0.06}
+KINDS: dict[str, float] = {"single": 0.20, "setting": 0.25, "pair": 0.45, "place": 0.05, "prompt": 0.05}
 """What a scene shows: one thing on a plain colour, one thing in a place, two things, a place alone,
 or a familiar prompt."""
 
 RELATIONS: dict[str, float] = {
-    "in": 0.34, "next to": 0.22, "on": 0.12, "over": 0.10, "under": 0.09, "in front of": 0.08, "behind": 0.05,
+    "in": 0.19, "next to": 0.27, "on": 0.15, "over": 0.12, "under": 0.11, "in front of": 0.10, "behind": 0.06,
 }  # fmt: skip
 
 FAMILIAR_PROMPTS = (

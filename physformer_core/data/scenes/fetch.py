@@ -15,7 +15,7 @@ from physformer_core.data.set_folder import RAW_FORMAT, read_json, remove_half_w
 from physformer_core.errors import DataError
 from physformer_core.files import atomic_write, output_error, sha256_file
 
-SCENES_VERSION = 5
+SCENES_VERSION = 6
 """Raised whenever the same seed gives other pictures or captions, so that stale sets are told apart."""
 
 LEAST_HELD_OUT, MOST_HELD_OUT = 0.05, 0.9

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from physformer_core.data.scenes import FAMILIAR_PROMPTS, compose_scene, fetch_scenes, load_concepts, render_svg
+from physformer_core.data.scenes import (
+    FAMILIAR_PROMPTS,
+    compose_scene,
+    fetch_scenes,
+    load_concepts,
+    render_svg,
+    wordings,
+)
 from physformer_core.data.scenes.backdrops import PLACE_TIMES, draw_place
+from physformer_core.data.scenes.captions import described
 from physformer_core.data.scenes.casting import SUPPORTS, pair_rank, places_of, times_of
 from physformer_core.data.scenes.composer import ALONE, KINDS, RELATIONS
 from physformer_core.data.scenes.concepts import art_markup, art_shape, concept_named
@@ -54,6 +63,7 @@ def test_captions_name_what_is_shown():
         assert len(scene.captions) == 2
         for caption in scene.captions:
             assert 1 <= len(caption.split()) <= 20
+            caption = caption.lower()
             for placed in scene.subjects:
                 if placed.concept == "cage":
                     assert "cage" in caption
@@ -63,6 +73,46 @@ def test_captions_name_what_is_shown():
                 assert any(noun in caption for noun in nouns), (caption, placed)
                 if placed.colour:
                     assert placed.colour in caption
+
+
+def test_captions_are_worded_in_many_ways():
+    everyday = [scene.captions[1].lower() for scene in SAMPLE]
+    assert len(set(everyday)) > 0.97 * len(everyday)
+    assert 0.15 < sum("," in caption for caption in everyday) / len(everyday) < 0.5
+    for caption in everyday:
+        assert not re.search(r"\ba (?:[aeio]|un(?!i))|\ban (?!suv)[^aeiou]|[{}]|  | ,", caption), caption
+    named, by_synonym = 0, 0
+    for scene in SAMPLE:
+        for placed in scene.subjects[:1]:
+            concept = concept_named(placed.concept)
+            # A synonym that is a part of the name, such as "cake", can't be told from it.
+            nouns = [noun for synonym in concept.synonyms if (noun := synonym.split(" ", 1)[1]) not in concept.name]
+            named += 2 * bool(nouns)
+            by_synonym += sum(any(noun in caption.lower() for noun in nouns) for caption in scene.captions)
+    assert by_synonym > named / 3
+
+
+def test_every_wording_names_what_it_is_about():
+    assert len(set(wordings.FRAMES)) == len(wordings.FRAMES) >= 60
+    assert all(frame.count("{x}") == 1 for frame in wordings.FRAMES)
+    for table in (wordings.RELATIONS, wordings.LIVELY_RELATIONS, wordings.LISTED):
+        assert set(table) <= set(RELATIONS)
+        assert all(text.count("{a}") == text.count("{b}") == 1 for texts in table.values() for text in texts)
+    assert all(text.count("{c}") == 1 for text in wordings.BACKGROUNDS + wordings.LISTED_BACKGROUNDS)
+    assert set(wordings.PLACES) == set(wordings.PLACES_ALONE) == set(PLACE_TIMES)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "word", "expected"),
+    [
+        ("an owl", "happy", "a happy owl"),
+        ("a cat", "old", "an old cat"),
+        ("some grapes", "nice", "some nice grapes"),
+        ("the sun", "big", "the big sun"),
+    ],
+)
+def test_articles_suit_the_word_that_follows(phrase: str, word: str, expected: str):
+    assert described(phrase, word) == expected
 
 
 def test_familiar_prompts_are_drawn_with_their_words():
