@@ -492,22 +492,25 @@ def _workers(given: int | None, settings: dict[str, Any]) -> int:
     return given
 
 
-def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+def _numbers(option: str, text: str, kind: Callable[[str], Any], *, hint: str | None = None) -> list[Any]:
     from physformer_core.errors import ConfigError
 
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ConfigError(f"{option} takes numbers with commas between them, not {text!r}") from None
+        raise ConfigError(f"{option} takes numbers with commas between them, not {text!r}", hint=hint) from None
+
+
+_BUCKETS_HINT = "for example --buckets 64x64,96x48"
 
 
 def _buckets(text: str) -> tuple[tuple[int, int], ...]:
     """(height, width) of each WIDTHxHEIGHT."""
-    sides = [_numbers("--buckets", part.replace("x", ","), int) for part in text.split(",")]
+    sides = [_numbers("--buckets", part.replace("x", ","), int, hint=_BUCKETS_HINT) for part in text.split(",")]
     if any(len(pair) != 2 for pair in sides):
         from physformer_core.errors import ConfigError
 
-        raise ConfigError(f"--buckets takes WIDTHxHEIGHT with commas between them, not {text!r}")
+        raise ConfigError(f"--buckets takes WIDTHxHEIGHT with commas between them, not {text!r}", hint=_BUCKETS_HINT)
     return tuple((height, width) for width, height in sides)
 
 

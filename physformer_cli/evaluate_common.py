@@ -106,6 +106,7 @@ def load_drawn(
     """Loads the network; the pictures are drawn when they are asked for."""
     import torch
 
+    from physformer_core.batching import check_step_levels
     from physformer_core.checkpoints import load_pipeline
     from physformer_core.evaluation.pictures import DrawnPictures
     from physformer_core.hardware import DTYPES, resolve_dtype
@@ -114,6 +115,7 @@ def load_drawn(
     kind = resolve_dtype(dtype, torch.device(device))
     run.checkpoint_sha256 = found.sha256
     pipeline: PhysFormerPipeline = load_pipeline(found, device=device, dtype=kind)
+    check_step_levels(requests, max(len(pipeline.level_sizes(one.height, one.width)) for one in requests))
     name = next(name for name, value in DTYPES.items() if value == kind)
     return DrawnPictures(found, pipeline, requests, name)
 

@@ -290,7 +290,10 @@ def _requests(
         {"width": options.width, "height": options.height, "res": options.res, "aspect": options.aspect}, sizes
     )
     command_size = resolve_size(**asked, default=default_size)  # type: ignore[arg-type]
-    steps_text = options.steps if options.steps is not None else settings.get("steps")
+    set_steps = settings.get("steps")
+    if isinstance(set_steps, list):
+        set_steps = ",".join(map(str, set_steps))
+    steps_text = options.steps if options.steps is not None else set_steps
     steps = parse_steps(str(steps_text)) if steps_text is not None else None
     guidance = options.guidance if options.guidance is not None else settings.get("guidance", DEFAULT_GUIDANCE)
     interval = parse_interval(options.guidance_interval) if options.guidance_interval is not None else (0.0, 1.0)
@@ -493,6 +496,7 @@ def _check_tokens(
 
 def _check_levels(options: Options, planner: Planner, pictures: list[Picture]) -> None:
     """Refuses options about finer levels where there are none, and steps of more levels than any picture has."""
+    from physformer_core.batching import check_step_levels
     from physformer_core.errors import ConfigError
 
     if not pictures:
@@ -504,13 +508,8 @@ def _check_levels(options: Options, planner: Planner, pictures: list[Picture]) -
             f"{said[0]} has no effect: pictures this small have one level, which is the picture",
             hint="leave it out, or draw larger ones",
         )
-    several = [one.request.steps for one in pictures if isinstance(one.request.steps, tuple)]
-    steps = max(several, key=len, default=())
-    if options.source is None and len(steps) > levels:  # a picture that is made again has what it had
-        raise ConfigError(
-            f"steps {','.join(map(str, steps))} are of {len(steps)} levels, and these pictures have {levels}",
-            hint=f"{','.join(map(str, steps[:levels]))} is what they can take",
-        )
+    if options.source is None:  # a picture that is made again has what it had
+        check_step_levels([one.request for one in pictures], levels)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,6 +244,24 @@ def parse_steps(text: str) -> int | tuple[int, ...]:
             hint=f"1 to {MAX_STEPS} at the coarsest level, for example 20, or one per level, for example 20,4,4,2",
         )
     return int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
+
+
+def check_step_levels(requests: Iterable[PictureRequest], levels: int) -> None:
+    """Refuses steps of more levels than any picture has: they would be left out without a word.
+
+    Args:
+        requests: All that are drawn together; smaller pictures take the first of the steps.
+        levels: The most that one of them has.
+
+    Raises:
+        ConfigError: There are steps of more.
+    """
+    steps = max((one.steps for one in requests if isinstance(one.steps, tuple)), key=len, default=())
+    if len(steps) > levels:
+        raise ConfigError(
+            f"steps {','.join(map(str, steps))} are of {len(steps)} levels, and these pictures have {levels}",
+            hint=f"{','.join(map(str, steps[:levels]))} is what they can take",
+        )
 
 
 def parse_interval(text: str) -> tuple[float, float]:

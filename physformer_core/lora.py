@@ -119,13 +119,15 @@ def parse_adapter(text: str) -> ScaledAdapter:
     """Reads ``PATH`` or ``PATH:SCALE`` as `--lora` takes it.
 
     Raises:
-        ConfigError: The scale is out of range.
+        ConfigError: The scale is no number, or out of range.
         CheckpointError: See `find_adapter`.
     """
     path, colon, tail = text.rpartition(":")
     try:
         scale = float(tail)
     except ValueError:
+        if colon and Path(path).exists() and not Path(text).exists():
+            raise ConfigError(f"{tail!r} is not a scale", hint=f"--lora {path}:0.8") from None
         path, scale = text, 1.0
     if not colon or not path:
         path, scale = text, 1.0

@@ -228,12 +228,14 @@ class Project:
         return self.path.absolute().parent
 
     def settings(self, table: str) -> dict[str, Any]:
-        """What the file sets in one table; empty if nothing. Relative paths become absolute, from the file's folder."""
+        """What the file sets in one table; empty if nothing. Relative paths become absolute, from the file's folder,
+        and ``~`` is the home folder, as it is in a shell."""
         values = dict(self.tables.get(table, {}))
         for key, value in values.items():
-            if SETTINGS[table][key].path and not os.path.isabs(value):
+            if SETTINGS[table][key].path:
                 # A trailing slash says "a folder", so it stays.
-                values[key] = os.path.normpath(self.folder / value) + ("/" if value.endswith("/") else "")
+                path = os.path.normpath(self.folder / os.path.expanduser(value))
+                values[key] = path + ("/" if value.endswith("/") else "")
         return values
 
     def find_run(self, prefix: str) -> RunRecord:

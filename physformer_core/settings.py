@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from physformer_core.errors import ConfigError
 
-SettingValue = str | int | float | bool
+SettingValue = str | int | float | bool | list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Setting:
         help: What it does, in a few words.
         choices: The values allowed, for strings; empty for any.
         path: It is a path, relative to the folder of `physformer.toml`.
+        several: A list of such values is taken as well.
     """
 
     kind: type[str] | type[int] | type[float] | type[bool]
@@ -33,6 +34,7 @@ class Setting:
     help: str
     choices: tuple[str, ...] = ()
     path: bool = False
+    several: bool = False
 
 
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -46,7 +48,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "aspect": Setting(str, "16:9", "width:height"),
         "width": Setting(int, 1280, "pixels"),
         "height": Setting(int, 720, "pixels"),
-        "steps": Setting(int, 24, "steps of the solver at the coarsest level"),
+        "steps": Setting(int, [10, 2, 2, 1], "steps of the solver for each level, or for the coarsest", several=True),
         "guidance": Setting(float, 2.0, "how strongly to follow the prompt"),
         "detail": Setting(float, 1.1, "how much detail finer levels add"),
         "solver": Setting(str, "heun", "the solver of the flow"),
@@ -157,9 +159,14 @@ def line_of(text: str, table: str, key: str | None) -> int | None:
 
 def _check_value(setting: Setting, key: str, value: object, place: str) -> None:
     allowed = (int, float) if setting.kind is float else (setting.kind,)
+    several = setting.several and isinstance(value, list) and bool(value)
     # bool is a subclass of int: `steps = true` must not pass as 1.
-    if not isinstance(value, allowed) or (isinstance(value, bool) and setting.kind is not bool):
+    if not all(
+        isinstance(one, allowed) and (setting.kind is bool or not isinstance(one, bool))
+        for one in (value if several else [value])  # type: ignore[attr-defined]
+    ):
         kind = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}[setting.kind]
+        kind += " or a list of such" if setting.several else ""
         raise ConfigError(
             f"{place}: {key} must be {kind}, not {value!r}",
             hint=f"for example: {key} = {_toml_scalar(setting.example)}",

@@ -63,7 +63,7 @@ class PreprocessConfig:
         if any(weight <= 0 for weight in self.level_weights):
             raise ConfigError(f"level_weights must be positive, not {self.level_weights}")
         if self.crops_per_example > 0 and not self.levels:
-            raise ConfigError("crops need levels", hint="set crops_per_example to 0 for a set without crops")
+            raise ConfigError("crops need levels", hint="for example --levels 1,2, or --crops-per-example 0 for none")
         if self.crop_size < 16 or self.crop_size % 8:
             raise ConfigError(f"crop_size must be a multiple of 8, at least 16, not {self.crop_size}")
         for name, low, high in (

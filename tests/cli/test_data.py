@@ -66,6 +66,7 @@ def test_settings_of_the_project_file(physformer, tmp_path):
         (["moon"], ["error: unknown source 'moon'", "hint: known ones: scenes (captioned scenes"]),
         (["scenes", "-o", "raw", "-n", "13"], ["error: raw already holds another set", "hint: choose an empty folder"]),
         (["scenes", "--aspect", "wide"], ["error: 'wide' is not an aspect ratio", "hint: give width:height"]),
+        (["scenes", "--aspect", "99:1", "-o", "new"], ["error: aspect 99 is not between", "hint: for example 16:9"]),
         (["scenes", "-n", "2", "-o", "file/x"], ["error: cannot write file/x", "hint: check the path"]),
     ],
 )
@@ -76,6 +77,7 @@ def test_fetch_refuses(physformer, tmp_path, arguments, lines):
     shown = err.splitlines()
     assert code == 1 and out == "" and len(shown) == 2
     assert all(line.startswith(start) for line, start in zip(shown, lines, strict=True))
+    assert not (tmp_path / "new").exists()
 
 
 def test_preprocess(physformer, scene_raw, tmp_path):

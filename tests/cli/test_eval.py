@@ -233,6 +233,7 @@ def test_prompts_threshold(physformer, tiny_features, tiny_checkpoint):
         (("--held-out-pairs", "0.2"), "--held-out-pairs has no effect"),
         (("--held-out-pairs", "0.01", "--pairs", "seen"), "not from 0.05"),
         (("--checkpoint", "none"), "there is no checkpoint"),
+        (("--num", "1", "--size", "32", "--steps", "3,2,1"), "are of 3 levels, and these pictures have 1"),
     ],
 )
 def test_prompts_mistakes(physformer, tiny_features, arguments, word):

@@ -115,6 +115,16 @@ def test_settings_beside_what_is_asked_of_the_size(generate):
     assert size("width = 1000", "--height", "500") == (1000, 500)
 
 
+def test_steps_of_the_project_file(generate):
+    Path("physformer.toml").write_text("[generate]\nsteps = [3, 2, 2]\n")
+
+    def steps(*options):
+        ending = generate("a cat", "--dry-run", "--json", *options, size=("-W", "96", "-H", "64"))
+        return [level["steps"] for level in json.loads(ending.out)["pictures"][0]["levels"]]
+
+    assert steps() == [3, 2, 2] and steps("--steps", "5,4,1") == [5, 4, 1]
+
+
 def test_detail(generate):
     Path("physformer.toml").write_text("[generate]\ndetail = 1.3\n")
     sharper, softer = generate("a cat", "-o", "13.png"), generate("a cat", "--detail", "1", "-o", "10.png")

@@ -58,8 +58,11 @@ def record(**values) -> RunRecord:
         ("[generate]\nsteps = 3\nsteps = 4\n", r"not valid TOML: .*line 3"),
         ("\n[generat]\n", r"line 2: unknown table \[generat\]; did you mean 'generate'"),
         ("[generate]\n# x\nstepps = 3\n", r"line 3: unknown key 'stepps' in \[generate\]; did you mean 'steps'"),
-        ('[generate]\nsteps = "3"\n', r"line 2: steps must be a whole number, not '3'"),
-        ("[generate]\nsteps = true\n", r"line 2: steps must be a whole number, not True"),
+        ('[generate]\nsteps = "3"\n', r"line 2: steps must be a whole number or a list of such, not '3'"),
+        ("[generate]\nsteps = true\n", r"line 2: steps must be a whole number or a list of such, not True"),
+        ("[generate]\nsteps = [3, true]\n", r"line 2: steps must be a whole number or a list of such, not \[3, True"),
+        ("[generate]\nsteps = []\n", r"line 2: steps must be a whole number or a list of such, not \[\]"),
+        ("[generate]\nseed = [3]\n", r"line 2: seed must be a whole number, not \[3\]"),
         ("[generate]\nguidance = true\n", r"guidance must be a number"),
         ('[generate]\ncompile = "yes"\n', r"compile must be true or false"),
         ('[generate]\ndtype = "float8"\n', r"line 2: dtype = 'float8' is not known"),
@@ -88,13 +91,16 @@ def test_unreadable_files():
 
 def test_settings_come_with_their_types_and_absolute_paths(tmp_path, monkeypatch):
     Path("physformer.toml").write_text(
-        '\ufeff[generate]\nsteps = 3\nguidance = 2\noutput = "out/"\ncheckpoint = "a/../b"\n', encoding="utf-8"
+        '\ufeff[generate]\nsteps = [3, 1]\nguidance = 2\noutput = "out/"\ncheckpoint = "a/../b"\n'
+        '[train]\noutput = "~/runs/"\n',
+        encoding="utf-8",
     )
+    monkeypatch.setenv("HOME", "/home/somebody")
     (tmp_path / "deep").mkdir()
     monkeypatch.chdir(tmp_path / "deep")
-    expected = {"steps": 3, "guidance": 2, "output": f"{tmp_path}/out/", "checkpoint": f"{tmp_path}/b"}
+    expected = {"steps": [3, 1], "guidance": 2, "output": f"{tmp_path}/out/", "checkpoint": f"{tmp_path}/b"}
     assert read_settings("generate") == expected
-    assert read_settings("train") == {}
+    assert read_settings("train") == {"output": "/home/somebody/runs/"} and read_settings("data") == {}
 
 
 def test_the_template_is_valid_and_so_is_every_key_uncommented():

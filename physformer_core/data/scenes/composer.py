@@ -458,6 +458,16 @@ def _familiar(stage: _Stage) -> None:
     stage.description = replace(stage.description, prompt=prompt)
 
 
+def check_aspect(aspect: float) -> None:
+    """Refuses width : height that nothing can be laid out in.
+
+    Raises:
+        DataError: It is not between 0.1 and 10.
+    """
+    if not 0.1 <= aspect <= 10:
+        raise DataError(f"aspect {aspect:g} is not between 0.1 and 10", hint="for example 16:9")
+
+
 def compose_scene(
     seed: int,
     index: int,
@@ -493,8 +503,7 @@ def compose_scene(
     if aspect is None:
         across, down = drawn_aspect.split(":")
         aspect = int(across) / int(down)
-    if not 0.1 <= aspect <= 10:
-        raise DataError(f"aspect {aspect} is not between 0.1 and 10")
+    check_aspect(aspect)
     if not 0 <= pair_ranks[0] <= pair_ranks[1] - 0.05 <= 0.95:  # fewer, and a relation might have none
         raise DataError(f"pairs ranked {pair_ranks[0]:g} to {pair_ranks[1]:g} are too few, or out of 0 to 1")
     kind = "pair" if relation else (kind or drawn_kind)

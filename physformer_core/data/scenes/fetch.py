@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from physformer_core.data.scenes.composer import compose_scene
+from physformer_core.data.scenes.composer import check_aspect, compose_scene
 from physformer_core.data.set_folder import RAW_FORMAT, read_json, remove_half_written, write_json
 from physformer_core.errors import DataError
 from physformer_core.files import atomic_write, output_error, sha256_file
@@ -126,6 +126,8 @@ def fetch_scenes(
             f"the share of pairs held out is {held_out_pairs:g}",
             hint=f"0, or from {LEAST_HELD_OUT:g} to {MOST_HELD_OUT:g}; 0.1 is usual",
         )
+    if aspect is not None:
+        check_aspect(aspect)
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

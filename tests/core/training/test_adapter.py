@@ -193,6 +193,12 @@ def test_a_scale_out_of_range(run, tail):
         parse_adapter(f"{run}{tail}")
 
 
+def test_a_scale_that_is_no_number(run):
+    with pytest.raises(ConfigError, match="'strong' is not a scale") as caught:
+        parse_adapter(f"{run}:strong")
+    assert caught.value.hint == f"--lora {run}:0.8"
+
+
 def test_a_path_with_a_colon(run, tmp_path):
     folder = tmp_path / "a:b"
     shutil.copytree(run, folder)
