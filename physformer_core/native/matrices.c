@@ -98,12 +98,14 @@ static void multiply(matrix left, matrix right, int rows, int columns, int depth
 
 static int64_t packing(int columns) { return BAND * DEEP + up_to(columns, WIDE) * DEEP; }
 
-/* Copies what is below the diagonal to above it, by squares that stay in the first-level cache. */
+/* Copies what is below the diagonal to above it, by squares that stay in the first-level cache. Columns are read and rows
+ * written: the other way about, one line of memory after the other would be written sixteen times. */
 static void mirror(float *square, int side) {
     for (int top = 0; top < side; top += WIDE) {
         for (int left = 0; left <= top; left += WIDE) {
-            for (int i = top; i < at_most(top + WIDE, side); i++) {
-                for (int j = left; j < at_most(left + WIDE, i); j++) square[(int64_t)j * side + i] = square[(int64_t)i * side + j];
+            for (int j = left; j < at_most(left + WIDE, side); j++) {
+                float *to = square + (int64_t)j * side;
+                for (int i = at_least(top, j + 1); i < at_most(top + WIDE, side); i++) to[i] = square[(int64_t)i * side + j];
             }
         }
     }
