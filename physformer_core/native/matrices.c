@@ -3,7 +3,8 @@
 #include "vectors.h"
 
 /* A product is made in tiles of TALL rows by WIDE columns, whose sums stay in registers; of DEEP terms of each sum at a
- * time the right matrix stays in the second-level cache, and BAND rows of the left one. */
+ * time the right matrix stays in the second-level cache, and BAND rows of the left one. Only the right one is packed for
+ * that: of the left one a tile reads single numbers, as fast where they lie as from a copy. */
 #if defined(__AVX512F__)
 #define TALL 8
 #else
@@ -22,34 +23,36 @@ static matrix transposed(matrix m) { return (matrix){m.at, m.across, m.down}; }
 
 static int64_t up_to(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
 
-/* Writes the first `depth` columns of `lines` rows so that `width` rows lie side by side, column by column; zero beyond
- * the last row. `width` is known when this is compiled, so that rows are copied in registers. */
-static inline void pack(matrix from, int lines, int depth, int width, float *to) {
-    for (int line = 0; line < lines; line += width, to += (int64_t)width * depth) {
+/* Writes the first `depth` columns of `lines` rows so that WIDE rows lie side by side, column by column; zero beyond the
+ * last row. WIDE is known when this is compiled, so that rows are copied in registers. */
+static inline void pack(matrix from, int lines, int depth, float *to) {
+    for (int line = 0; line < lines; line += WIDE, to += (int64_t)WIDE * depth) {
         const float *at = from.at + line * from.down;
-        int there = at_most(width, lines - line);
-        if (there == width && from.down == 1) {
+        int there = at_most(WIDE, lines - line);
+        if (there == WIDE && from.down == 1) {
             for (int k = 0; k < depth; k++) {
-                for (int i = 0; i < width; i++) to[k * width + i] = at[k * from.across + i];
+                for (int i = 0; i < WIDE; i++) to[k * WIDE + i] = at[k * from.across + i];
             }
         } else {
-            if (there < width) memset(to, 0, (size_t)width * depth * sizeof(float));
+            if (there < WIDE) memset(to, 0, (size_t)WIDE * depth * sizeof(float));
             for (int i = 0; i < there; i++) {
-                for (int k = 0; k < depth; k++) to[k * width + i] = at[i * from.down + k * from.across];
+                for (int k = 0; k < depth; k++) to[k * WIDE + i] = at[i * from.down + k * from.across];
             }
         }
     }
 }
 
-/* Of packed rows and packed columns: sums [TALL, WIDE], a row every `step` numbers, added to what is there if `more`. */
-static inline void tile(const float *left, const float *right, int depth, float *sums, int64_t step, int more) {
+/* Of TALL rows, whose terms lie `across` numbers apart, and packed columns: sums [TALL, WIDE], a row every `step` numbers,
+ * added to what is there if `more`. */
+static inline void tile(const float *const left[TALL], int64_t across, const float *right, int depth, float *sums,
+                        int64_t step, int more) {
     vec a[TALL], b[TALL];
 #pragma GCC unroll 16
     for (int r = 0; r < TALL; r++) a[r] = b[r] = all(0);
-    for (int k = 0; k < depth; k++, left += TALL, right += WIDE) {
+    for (int64_t k = 0; k < depth; k++, right += WIDE) {
         vec one = load(right), two = load(right + LANES);
 #pragma GCC unroll 16
-        for (int r = 0; r < TALL; r++) a[r] += one * left[r], b[r] += two * left[r];
+        for (int r = 0; r < TALL; r++) a[r] += one * left[r][k * across], b[r] += two * left[r][k * across];
     }
 #pragma GCC unroll 16
     for (int r = 0; r < TALL; r++) {
@@ -64,27 +67,26 @@ static inline void tile(const float *left, const float *right, int depth, float 
  * what is on or below the diagonal are made. `packed` has room as `packing` says. */
 static void multiply(matrix left, matrix right, int rows, int columns, int depth, int symmetric, float *out,
                      float *packed) {
-    float *panels = packed + BAND * DEEP;
     for (int from = 0; from < depth; from += DEEP) {
         int deep = at_most(DEEP, depth - from);
         matrix deeper = {right.at + from * right.down, right.down, right.across};
-        pack(transposed(deeper), columns, deep, WIDE, panels);
+        pack(transposed(deeper), columns, deep, packed);
         for (int top = 0; top < rows; top += BAND) {
-            int high = at_most(BAND, rows - top);
-            pack((matrix){left.at + top * left.down + from * left.across, left.down, left.across}, high, deep, TALL,
-                 packed);
             for (int x = 0; x < columns; x += WIDE) {
-                for (int y = 0; y < high; y += TALL) {
-                    if (symmetric && x >= top + y + TALL) continue;
-                    const float *own = packed + (int64_t)y * deep, *others = panels + (int64_t)x * deep;
-                    float *to = out + (int64_t)(top + y) * columns + x;
-                    if (y + TALL <= high && x + WIDE <= columns) {
-                        tile(own, others, deep, to, columns, from > 0);
+                for (int y = top; y < at_most(top + BAND, rows); y += TALL) {
+                    if (symmetric && x >= y + TALL) continue;
+                    const float *own[TALL], *others = packed + (int64_t)x * deep;
+                    for (int r = 0; r < TALL; r++) { /* beyond the last row it is the last again */
+                        own[r] = left.at + at_most(y + r, rows - 1) * left.down + from * left.across;
+                    }
+                    float *to = out + (int64_t)y * columns + x;
+                    if (y + TALL <= rows && x + WIDE <= columns) {
+                        tile(own, left.across, others, deep, to, columns, from > 0);
                         continue;
                     }
                     float sums[TALL * WIDE];
-                    tile(own, others, deep, sums, WIDE, 0);
-                    for (int r = 0; r < TALL && y + r < high; r++) {
+                    tile(own, left.across, others, deep, sums, WIDE, 0);
+                    for (int r = 0; r < TALL && y + r < rows; r++) {
                         for (int c = 0; c < WIDE && x + c < columns; c++) {
                             float *one = to + r * columns + c;
                             *one = (from > 0 ? *one : 0) + sums[r * WIDE + c];
@@ -96,7 +98,7 @@ static void multiply(matrix left, matrix right, int rows, int columns, int depth
     }
 }
 
-static int64_t packing(int columns) { return BAND * DEEP + up_to(columns, WIDE) * DEEP; }
+static int64_t packing(int columns) { return up_to(columns, WIDE) * DEEP; }
 
 /* Copies what is below the diagonal to above it, by squares that stay in the first-level cache. Columns are read and rows
  * written: the other way about, one line of memory after the other would be written sixteen times. */
@@ -111,9 +113,10 @@ static void mirror(float *square, int side) {
     }
 }
 
-/* out = left right, all [side, side]; left and right are symmetric and commute, so that out is, too. */
+/* out = left right, all [side, side]; left and right are symmetric and commute, so that out is, too. The left one is read
+ * along its rows, which lie together. */
 static void multiply_symmetric(const float *left, const float *right, int side, float *out, float *packed) {
-    multiply((matrix){left, 1, side}, (matrix){right, side, 1}, side, side, side, 1, out, packed);
+    multiply((matrix){left, side, 1}, (matrix){right, side, 1}, side, side, side, 1, out, packed);
     mirror(out, side);
 }
 
@@ -152,7 +155,7 @@ static void orthogonalize_one(float *to, iteration by, float *scratch) {
             multiply_symmetric(p, spare, side, gram, packed);
         }
     }
-    matrix all_of_them = {product, 1, side};
+    matrix all_of_them = {product, side, 1};
     if (turned) {
         multiply(given, all_of_them, rows, columns, side, 0, to, packed);
     } else {
