@@ -100,9 +100,11 @@ static inline vec last_lanes(int dim) {
     return keep;
 }
 
-/* Adds rows [from, to), weighed, to what each query has read: read [GROUP, dim]. Here lanes are dimensions. */
-static inline void group_sums(const float *const *rows, int dim, const float *weights, int from, int to, float *read) {
-    for (int i = 0; i < GROUP; i += ROWS, weights += ROWS, read += ROWS * dim) {
+/* Adds rows [from, to), weighed, to what each of the group's `queries` has read: read [GROUP, dim]. Here lanes are
+ * dimensions. */
+static inline void group_sums(const float *const *rows, int dim, const float *weights, int from, int to, int queries,
+                              float *read) {
+    for (int i = 0; i < queries; i += ROWS, weights += ROWS, read += ROWS * dim) {
         int d = 0;
         for (; d + 2 * LANES <= dim; d += 2 * LANES) {
             vec a[ROWS], b[ROWS];
@@ -138,8 +140,9 @@ static inline void group_sums(const float *const *rows, int dim, const float *we
     }
 }
 
-/* The other way about: adds the queries' rows [GROUP, dim], weighed, to the keys' targets. */
-static inline void group_spread(float *const *targets, int dim, const float *weights, int keys, const float *rows) {
+/* The other way about: adds the rows of the group's `queries` [queries, dim], weighed, to the keys' targets. */
+static inline void group_spread(float *const *targets, int dim, const float *weights, int keys, int queries,
+                                const float *rows) {
     float nobody[dim];
     memset(nobody, 0, sizeof nobody);
     for (int j = 0; j < keys; j += TARGETS) {
@@ -153,7 +156,7 @@ static inline void group_spread(float *const *targets, int dim, const float *wei
         for (; d + 2 * LANES <= dim; d += 2 * LANES) {
             vec a[TARGETS], b[TARGETS];
             for (int r = 0; r < TARGETS; r++) a[r] = load(target[r] + d), b[r] = load(target[r] + d + LANES);
-            for (int i = 0; i < GROUP; i++) {
+            for (int i = 0; i < queries; i++) {
                 vec one = load(rows + i * dim + d), two = load(rows + i * dim + d + LANES);
 #pragma GCC unroll 16
                 for (int r = 0; r < TARGETS; r++) a[r] += one * weight[r][i], b[r] += two * weight[r][i];
@@ -167,7 +170,7 @@ static inline void group_spread(float *const *targets, int dim, const float *wei
             int whole = d + LANES <= dim, at = whole ? d : dim - LANES;
             vec a[TARGETS], keep = whole ? all(1) : last_lanes(dim);
             for (int r = 0; r < TARGETS; r++) a[r] = load(target[r] + at);
-            for (int i = 0; i < GROUP; i++) {
+            for (int i = 0; i < queries; i++) {
                 vec one = load(rows + i * dim + at) * keep;
 #pragma GCC unroll 16
                 for (int r = 0; r < TARGETS; r++) a[r] += one * weight[r][i];
@@ -176,7 +179,7 @@ static inline void group_spread(float *const *targets, int dim, const float *wei
         }
         for (; d < dim; d++) {
             for (int r = 0; r < TARGETS; r++) {
-                for (int i = 0; i < GROUP; i++) target[r][d] += rows[i * dim + d] * weight[r][i];
+                for (int i = 0; i < queries; i++) target[r][d] += rows[i * dim + d] * weight[r][i];
             }
         }
     }
@@ -262,7 +265,7 @@ static void attend_block(const field *f, const inputs *in, float *out, float *no
                 store(at, one);
                 store(at + LANES, two);
             }
-            group_sums(s->value, f->dim, s->logits, from, to, s->read);
+            group_sums(s->value, f->dim, s->logits, from, to, queries, s->read);
         }
         store(scale, 1.0f / sums[0]);
         store(scale + LANES, 1.0f / sums[1]);
@@ -315,10 +318,10 @@ static void attend_block_back(const field *f, const inputs *in, const float *out
             }
             if (j >= near) s->grad_key[j][f->content + 4] += total * inverse;
         }
-        group_spread(s->grad_value, f->dim, s->logits, keys, s->grad_rows);
-        group_spread(s->grad_key, f->content, s->grad_logits, keys, s->query_rows);
+        group_spread(s->grad_value, f->dim, s->logits, keys, queries, s->grad_rows);
+        group_spread(s->grad_key, f->content, s->grad_logits, keys, queries, s->query_rows);
         memset(s->read, 0, GROUP * f->dim * sizeof(float));
-        group_sums(s->key, f->content, s->grad_logits, 0, keys, s->read);
+        group_sums(s->key, f->content, s->grad_logits, 0, keys, queries, s->read);
         for (int r = 0; r < queries; r++) {
             memcpy(back->query + token[r] * f->content, s->read + r * f->content, f->content * sizeof(float));
         }
