@@ -66,9 +66,7 @@ static inline void group_dots(const float *const *rows, int depth, const float *
         const float *row[KEYS], *where[KEYS];
         for (int r = 0; r < KEYS; r++) {
             int at = j + r < keys ? j + r : keys - 1; /* beyond the last it is the last again */
-            if (next != NULL) {
-                for (int d = 0; d < next_depth; d += 16) __builtin_prefetch(next[at] + d);
-            }
+            if (next != NULL) fetch(next[at], next_depth);
             row[r] = rows[at];
             where[r] = geometry == NULL ? NULL : geometry + GEOMETRY * at;
             a[r] = b[r] = all(0);
@@ -187,6 +185,9 @@ static inline void group_spread(float *const *targets, int dim, const float *wei
 
 /* ---- one head of one block ------------------------------------------------------------------------------------------- */
 
+/* Every head comes anew to the rows of its tokens, too far apart for a processor to foresee. So whoever comes to a row has
+ * that of the next head fetched, which lies behind it; behind the last head's it is the next token's, and no harm. */
+
 /* Finds the keys and values of a block's window and of the text, of which `near` are the window's; returns how many. A
  * text's padding is left out: its weights would be 0. */
 static int gather_keys(const field *f, const inputs *in, const gradients *back, int64_t picture, int head,
@@ -199,9 +200,13 @@ static int gather_keys(const field *f, const inputs *in, const gradients *back, 
             s->key[keys] = in->key + token * f->content;
             s->value[keys] = in->value + token * f->dim;
             geometry[0] = dy, geometry[1] = dx, geometry[2] = -0.5f * (dy * dy + dx * dx), geometry[3] = 1.0f;
+            fetch(s->key[keys] + f->content, f->content);
+            fetch(s->value[keys] + f->dim, f->dim);
             if (back != NULL) {
                 s->grad_key[keys] = back->key + token * f->content;
                 s->grad_value[keys] = back->value + token * f->dim;
+                fetch(s->grad_key[keys] + f->content, f->content);
+                fetch(s->grad_value[keys] + f->dim, f->dim);
             }
         }
     }
@@ -236,6 +241,7 @@ static int gather_queries(const field *f, const inputs *in, int64_t picture, int
         token[r] = ((picture * f->height + y) * f->width + x) * f->heads + head;
         const float *from = in->query + token[r] * f->content;
         float *to = s->query + r;
+        fetch(from + f->content, f->content);
         dy[r] = y - p->middle_y + drift[0], dx[r] = x - p->middle_x + drift[1];
         for (int d = 0; d < f->content; d++) to[d * GROUP] = from[d];
         to += f->content * GROUP;
@@ -292,11 +298,13 @@ static void attend_block_back(const field *f, const inputs *in, const float *out
         float dy[GROUP], dx[GROUP], along[GROUP], level[GROUP], there[GROUP];
         int queries = gather_queries(f, in, picture, head, &p, first, s, token, dy, dx);
         for (int r = 0; r < GROUP; r++) {
-            const float *g = grad + token[r] * f->dim;
+            const float *g = grad + token[r] * f->dim, *read = out + token[r] * f->dim;
+            fetch(g + f->dim, f->dim);
+            fetch(read + f->dim, f->dim);
             memcpy(s->query_rows + r * f->content, in->query + token[r] * f->content, f->content * sizeof(float));
             memcpy(s->grad_rows + r * f->dim, g, f->dim * sizeof(float));
             for (int d = 0; d < f->dim; d++) s->grad[d * GROUP + r] = g[d];
-            along[r] = dot_of(g, out + token[r] * f->dim, f->dim);
+            along[r] = dot_of(g, read, f->dim);
             level[r] = norm[token[r]];
             there[r] = r < queries; /* what stands in a lane again must not count again */
         }

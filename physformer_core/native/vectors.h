@@ -46,6 +46,11 @@ static inline vec all(float value) { return value - (vec){0}; } /* minus: x - 0 
 static inline vec load(const float *from) { return *(const vec *)from; }
 static inline void store(float *to, vec v) { *(vec *)to = v; }
 
+/* Has so many numbers brought into the cache while something else is worked on. */
+static inline void fetch(const float *from, int numbers) {
+    for (int i = 0; i < numbers; i += 16) __builtin_prefetch(from + i);
+}
+
 static inline float sum_of(vec v) {
     float sums[LANES];
     store(sums, v);
