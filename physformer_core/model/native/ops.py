@@ -296,6 +296,12 @@ def _parts(tokens: int) -> int:
     return -(-tokens // load_library().tokens_in_a_part())
 
 
+def _added_up(parts: Tensor) -> Tensor:
+    """Sums of every part of a picture's tokens [B, parts, dim] -> [B, 1, dim]. Small pictures are one part, and a step
+    has dozens of such sums."""
+    return parts if parts.shape[1] == 1 else parts.sum(1, keepdim=True)
+
+
 class _NormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
@@ -313,7 +319,7 @@ class _NormModulate(torch.autograd.Function):
         of_scale, of_shift = (h.new_empty(h.shape[0], _parts(h.shape[1]), h.shape[2]) for _ in range(2))
         pointers = _pointers(grad, h, scale, of_h, of_scale, of_shift)
         load_library().norm_modulate_back(*pointers, *h.shape, ctx.epsilon, _threads())
-        return of_h, of_scale.sum(1, keepdim=True), of_shift.sum(1, keepdim=True), None
+        return of_h, _added_up(of_scale), _added_up(of_shift), None
 
 
 class _RenormalizedUpdate(torch.autograd.Function):
@@ -333,7 +339,7 @@ class _RenormalizedUpdate(torch.autograd.Function):
         of_gate = h.new_empty(h.shape[0], _parts(h.shape[1]), h.shape[2])
         pointers = _pointers(grad, h, output, gate, of_h, of_output, of_gate)
         load_library().renormalized_update_back(*pointers, *h.shape, *ctx.limits, _threads())
-        return of_h, of_output, of_gate.sum(1, keepdim=True), None, None
+        return of_h, of_output, _added_up(of_gate), None, None
 
 
 class _NormRotate(torch.autograd.Function):

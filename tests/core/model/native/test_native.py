@@ -63,6 +63,27 @@ def test_gradients_may_lie_in_any_order(case: probe.Case, layout: str) -> None:
 
 
 @needs_kernels
+def test_gradients_of_a_pictures_condition_sum_over_one_part_of_its_tokens_or_several() -> None:
+    generator = torch.Generator().manual_seed(4)
+    part = load_library().tokens_in_a_part()
+    for tokens in (1, part, part + 1):
+        h, output, weights = (torch.randn(3, tokens, 20, generator=generator) for _ in range(3))
+        leaves = [torch.randn(3, 1, 20, generator=generator, requires_grad=True) for _ in range(3)]
+
+        def changed(scale, shift, gate, h=h, output=output):
+            return ops.renormalized_update(ops.norm_modulate(h, scale, shift, 1e-6), output, gate, TINY, OPPOSED)
+
+        def written(scale, shift, gate, h=h, output=output):
+            normed = torch.nn.functional.rms_norm(h, (20,), None, 1e-6) * (1 + scale) + shift
+            return renormalized_update(normed, gate * output)
+
+        pairs = [torch.autograd.grad((run(*leaves) * weights).sum(), leaves) for run in (changed, written)]
+        for one, other in zip(*pairs, strict=True):
+            assert one.shape == other.shape
+            assert (one - other).abs().max() <= 2e-5 * other.abs().max()
+
+
+@needs_kernels
 def test_what_is_one_for_all_pictures_is_one_for_all(build, prompt_of) -> None:
     """Timestep, level and prompt of batch 1 beside four pictures, as torch's own operations allow."""
     model = build()
