@@ -16,18 +16,18 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
+        self._params: list[Tensor] = [p.detach() for _, p in _trained(model)]
         self.shadow: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in _trained(model)}
         self._held: dict[str, Tensor] | None = None
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, found_inf: Tensor | None = None) -> None:
-        """Moves the average towards the model's weights after optimizer step ``step`` (counted from 0).
+    def update(self, step: int, found_inf: Tensor | None = None) -> None:
+        """Moves the average towards the weights after optimizer step ``step`` (counted from 0).
 
         ``found_inf`` is a number on the device: the average stays where it is if it is 1.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        params = [p.detach() for _, p in _trained(model)]
-        averages = list(self.shadow.values())
+        params, averages = self._params, list(self.shadow.values())
         if found_inf is None:
             torch._foreach_lerp_(averages, params, 1 - decay)
         else:  # there is no lerp with a weight on the device

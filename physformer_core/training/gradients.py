@@ -23,6 +23,9 @@ from physformer_core.training.objective import Draws, FlowObjective, Losses
 from physformer_core.training.optimizer import Optimizer
 from physformer_core.training.recorded import RecordedPasses
 
+_CLIP_EPSILON = 1e-6
+"""What torch adds to a norm that it divides by."""
+
 
 class _LossModule(nn.Module):
     """The network and its loss as one module: what DDP watches is all that happens between weights and loss."""
@@ -68,6 +71,7 @@ class Gradients:
         if dtype == torch.float16 and device.type not in ("cuda", "cpu"):
             raise ConfigError(f"training in fp16 needs loss scaling, which {device.type} has not", hint="--dtype fp32")
         self._model, self._device, self._dtype = model, device, dtype
+        self._params = list(model.parameters())
         self._ranks, self._accumulate, self._clip = ranks, accumulate, clip
         self._module = _LossModule(model)
         self._copied: DistributedDataParallel | None = None
@@ -116,9 +120,18 @@ class Gradients:
             done.append((part, losses))
         for optimizer_part, _ in optimizer.parts:
             self.scaler.unscale_(optimizer_part)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip))
+        norm = self._clipped()
         self.scaler.update()
         return StepLosses(done, norm)
+
+    def _clipped(self) -> Tensor:
+        """The gradients' norm before they are clipped, which they are after."""
+        norm = torch.nn.utils.get_total_norm(param.grad for param in self._params if param.grad is not None)
+        told = whole(norm)
+        # A factor of 1 takes a pass over all of them and changes nothing. Only a CPU can be asked without waiting.
+        if self._device.type != "cpu" or not self._clip / (told + _CLIP_EPSILON) >= 1:
+            torch.nn.utils.clip_grads_with_norm_(self._params, self._clip, norm)
+        return told
 
     def _pass(self, objective: FlowObjective, batch: Batch, draws: Draws) -> Losses:
         """Forward and backward of a part that begins its draws; gradients are added to those that are there."""

@@ -189,7 +189,6 @@ class Trainer:
         if train.sample_every:
             self.samples = SampleGrid(self.pipeline, self.shards, train, self.output_dir / "samples")
         self.updates = Updates(
-            self.model,
             self.optimizer,
             self.ema,
             self.ranks,

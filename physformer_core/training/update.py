@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from physformer_core.data.loader import Batch
-from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.training.distributed import Ranks
 from physformer_core.training.ema import WeightAverage
 from physformer_core.training.gradients import StepLosses
@@ -29,7 +28,7 @@ class Updates:
     when the next step is on its way. The weights are the same either way.
 
     Args:
-        model, optimizer, average: What is updated.
+        optimizer, average: What is updated.
         ranks: This process among the others.
         ahead: Start a step's update before it is known whether it is wanted.
         on_spoilt: Called with a step and its batch when it is the `MAX_BAD_STEPS`-th in a row to be left out; raises.
@@ -40,7 +39,6 @@ class Updates:
 
     def __init__(
         self,
-        model: PhysFormerTransformer2DModel,
         optimizer: Optimizer,
         average: WeightAverage,
         ranks: Ranks,
@@ -48,7 +46,7 @@ class Updates:
         ahead: bool,
         on_spoilt: Callable[[int, Batch], None],
     ) -> None:
-        self._model, self._optimizer, self._average, self._ranks = model, optimizer, average, ranks
+        self._optimizer, self._average, self._ranks = optimizer, average, ranks
         self._ahead, self._on_spoilt = ahead, on_spoilt
         self._asked: deque[tuple[int, Batch, _Answer]] = deque()
         self._in_a_row = 0
@@ -67,7 +65,7 @@ class Updates:
             finite = torch.isfinite(losses.norm) & torch.isfinite(losses.mean)
             found_inf = 1 - finite.float()
             self._optimizer.step(factor, found_inf)
-            self._average.update(self._model, step, found_inf)
+            self._average.update(step, found_inf)
             self._asked.append((step, batch, _Answer(finite)))
             self._read(leave=1)
         else:
@@ -75,7 +73,7 @@ class Updates:
             spoilt = not torch.isfinite(losses.norm) or self._ranks.any(not torch.isfinite(losses.mean))
             if not spoilt:
                 self._optimizer.step(factor)
-                self._average.update(self._model, step)
+                self._average.update(step)
             self._count(step, batch, spoilt)
         self._optimizer.zero_grad()
 

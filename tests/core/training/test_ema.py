@@ -17,7 +17,7 @@ def test_it_starts_as_the_weights_and_stays_with_constant_ones():
     made = layer(3.0)
     average = WeightAverage(made, 0.99)
     for step in range(5):
-        average.update(made, step)
+        average.update(step)
     assert torch.equal(average.shadow["weight"], made.weight)
 
 
@@ -27,7 +27,7 @@ def test_it_is_the_average_it_says():
     expected = 0.0
     for step, value in enumerate([1.0, 4.0, 2.0, 8.0]):
         nn.init.constant_(made.weight, value)
-        average.update(made, step)
+        average.update(step)
         decay = min(0.5, (1 + step) / (10 + step))  # early weights are forgotten sooner
         expected = decay * expected + (1 - decay) * value
     assert average.shadow["weight"].flatten().tolist() == pytest.approx([expected] * 4)

@@ -16,9 +16,7 @@ def make(scene_set, folder, *, ahead, bad=(), device="cpu", **training):
         "training", steps=8, batch_size=4, checkpoint_every=100, optimizer="muon", dtype="fp32", **training
     )
     trainer = Trainer(config, scene_set, folder, device=device)
-    trainer.updates = Updates(
-        trainer.model, trainer.optimizer, trainer.ema, trainer.ranks, ahead=ahead, on_spoilt=trainer._give_up
-    )
+    trainer.updates = Updates(trainer.optimizer, trainer.ema, trainer.ranks, ahead=ahead, on_spoilt=trainer._give_up)
     objective = trainer.objective
 
     def spoiled(model, batch, draws):
