@@ -44,6 +44,8 @@ _ARGUMENTS = {
     "norm_rotate_back": (*(_P,) * 7, _L, _L, _I, _I, _I, _F, _I),
     "gated_linear": (_P, _P, _L, _I, _I),
     "gated_linear_back": (_P, _P, _P, _L, _I, _I),
+    "modulated_silu": (*(_P,) * 4, _L, _L, _I, _I),
+    "modulated_silu_back": (*(_P,) * 7, _L, _L, _I, _I),
     "area_average": (_P, _L, _I, _I, *(_I, _P, _P, _P, _I) * 2, _P),
     "window_attention": (*(_P,) * 10, _L, *(_I,) * 11),
     "window_attention_back": (*(_P,) * 18, _L, *(_I,) * 11),

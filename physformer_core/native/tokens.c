@@ -1,4 +1,4 @@
-/* Norms, updates and gates: every token by itself. */
+/* Norms, updates and gates: every token, or every pixel, by itself. */
 
 #include "vectors.h"
 
@@ -171,6 +171,77 @@ void gated_linear_back(const float *grad, const float *gate_up, float *grad_gate
             float x = gate[i], share = 1.0f / (1.0f + expf(-x));
             to_up[i] = g[i] * x * share;
             to_gate[i] = g[i] * up[i] * share * (1.0f + x * (1.0f - share));
+        }
+    }
+}
+
+/* The refiner's fields are larger than the cache, so that passes over memory are what counts. Without modulation a part
+ * is one long pixel. */
+void modulated_silu(const float *field, const float *scale, const float *shift, float *out, int64_t batch,
+                    int64_t pixels, int dim, int threads) {
+    int64_t parts = (pixels + PART - 1) / PART;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t part = 0; part < batch * parts; part++) {
+        const float *gain = scale ? scale + part / parts * dim : NULL, *add = scale ? shift + part / parts * dim : NULL;
+        int64_t first = part % parts * PART, count = first + PART < pixels ? PART : pixels - first;
+        const float *from = field + (part / parts * pixels + first) * dim;
+        float *to = out + (part / parts * pixels + first) * dim;
+        int width = scale ? dim : (int)count * dim, i = 0;
+        if (!scale) count = 1;
+        for (; i + LANES <= width; i += LANES) {
+            vec by = all(1.0f), plus = all(0);
+            if (scale) by += load(gain + i), plus = load(add + i);
+            for (int64_t row = 0; row < count; row++) {
+                vec x = load(from + row * width + i) * by + plus;
+                store(to + row * width + i, x / (all(1.0f) + exponential(-x)));
+            }
+        }
+        for (; i < width; i++) {
+            float by = scale ? 1.0f + gain[i] : 1.0f, plus = scale ? add[i] : 0;
+            for (int64_t row = 0; row < count; row++) {
+                float x = from[row * width + i] * by + plus;
+                to[row * width + i] = x / (1.0f + expf(-x));
+            }
+        }
+    }
+}
+
+void modulated_silu_back(const float *grad, const float *field, const float *scale, const float *shift,
+                         float *grad_field, float *part_scale, float *part_shift, int64_t batch, int64_t pixels,
+                         int dim, int threads) {
+    int64_t parts = (pixels + PART - 1) / PART;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t part = 0; part < batch * parts; part++) {
+        const float *gain = scale ? scale + part / parts * dim : NULL, *add = scale ? shift + part / parts * dim : NULL;
+        int64_t first = part % parts * PART, count = first + PART < pixels ? PART : pixels - first;
+        int64_t begin = (part / parts * pixels + first) * dim;
+        const float *g = grad + begin, *from = field + begin;
+        float *to = grad_field + begin;
+        int width = scale ? dim : (int)count * dim, i = 0;
+        if (!scale) count = 1;
+        for (; i + LANES <= width; i += LANES) {
+            vec by = all(1.0f), plus = all(0), of_scale = all(0), of_shift = all(0);
+            if (scale) by += load(gain + i), plus = load(add + i);
+            for (int64_t row = 0; row < count; row++) {
+                vec given = load(from + row * width + i), x = given * by + plus;
+                vec share = 1.0f / (all(1.0f) + exponential(-x));
+                vec into = load(g + row * width + i) * share * (1.0f + x * (1.0f - share));
+                store(to + row * width + i, into * by);
+                of_scale += into * given;
+                of_shift += into;
+            }
+            if (scale) store(part_scale + part * dim + i, of_scale), store(part_shift + part * dim + i, of_shift);
+        }
+        for (; i < width; i++) {
+            float by = scale ? 1.0f + gain[i] : 1.0f, plus = scale ? add[i] : 0, of_scale = 0, of_shift = 0;
+            for (int64_t row = 0; row < count; row++) {
+                float given = from[row * width + i], x = given * by + plus, share = 1.0f / (1.0f + expf(-x));
+                float into = g[row * width + i] * share * (1.0f + x * (1.0f - share));
+                to[row * width + i] = into * by;
+                of_scale += into * given;
+                of_shift += into;
+            }
+            if (scale) part_scale[part * dim + i] = of_scale, part_shift[part * dim + i] = of_shift;
         }
     }
 }

@@ -127,6 +127,24 @@ def gated_linear(gate_up: Tensor) -> Tensor:
     return _GatedLinear.apply(_checked(gate_up, *gate_up.shape))
 
 
+def modulated_silu(field: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """``silu(field * (1 + scale) + shift)``, or of the field as it is where neither is given.
+
+    Args:
+        field: [B, C, H, W]; it is copied unless its channels lie together in memory.
+        scale, shift: [B, C], both or neither.
+
+    Returns:
+        [B, C, H, W], whose channels lie together in memory.
+    """
+    batch, channels, height, width = field.shape
+    pixels = _checked(field.permute(0, 2, 3, 1), batch, height, width, channels)
+    if scale is None or shift is None:
+        return _ModulatedSilu.apply(pixels, None, None).permute(0, 3, 1, 2)
+    scale, shift = (_checked(t.unsqueeze(1), batch, 1, channels) for t in (scale, shift))
+    return _ModulatedSilu.apply(pixels, scale, shift).permute(0, 3, 1, 2)
+
+
 def window_attention(
     query: Tensor,
     key: Tensor,
@@ -282,10 +300,10 @@ def attention_flops(pairs: int, heads: int, head_dim: int) -> int:
     return 2 * pairs * heads * (head_dim - GEOMETRY_DIM + 4 + head_dim)
 
 
-def _pointers(*tensors: Tensor) -> list[int]:
-    """Addresses, good for as long as somebody else holds the tensors."""
-    assert all(t.is_contiguous() for t in tensors)
-    return [t.data_ptr() for t in tensors]
+def _pointers(*tensors: Tensor | None) -> list[int]:
+    """Addresses, good for as long as somebody else holds the tensors; 0 of what there is not."""
+    assert all(t is None or t.is_contiguous() for t in tensors)
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _threads() -> int:
@@ -380,6 +398,28 @@ class _GatedLinear(torch.autograd.Function):
         pointers = _pointers(grad, gate_up, of_gate_up)
         load_library().gated_linear_back(*pointers, grad.numel() // hidden, hidden, _threads())
         return of_gate_up
+
+
+class _ModulatedSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        batch, height, width, channels = pixels.shape
+        out, ctx.sizes = torch.empty_like(pixels), (batch, height * width, channels)
+        load_library().modulated_silu(*_pointers(pixels, scale, shift, out), *ctx.sizes, _threads())
+        ctx.save_for_backward(pixels, scale, shift)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pixels, scale, shift = ctx.saved_tensors
+        batch, count, channels = ctx.sizes
+        grad, of_pixels, of_scale, of_shift = grad.contiguous(), torch.empty_like(pixels), None, None
+        if scale is not None:
+            of_scale, of_shift = (pixels.new_empty(batch, _parts(count), channels) for _ in range(2))
+        pointers = _pointers(grad, pixels, scale, shift, of_pixels, of_scale, of_shift)
+        load_library().modulated_silu_back(*pointers, *ctx.sizes, _threads())
+        return of_pixels, *(None if t is None else _added_up(t) for t in (of_scale, of_shift))
 
 
 class _WindowAttention(torch.autograd.Function):

@@ -170,6 +170,13 @@ def cases() -> list[Case]:
             (normal(2, 5, 3, 22), normal(22)),
         ),
         Case("gated_linear", ops.gated_linear, gated, (normal(3, 5, 42),)),
+        Case("silu", ops.modulated_silu, F.silu, (normal(2, 19, 5, 17),)),
+        Case(
+            "modulated_silu",
+            lambda field, scale, shift: ops.modulated_silu(field, *torch.cat([scale, shift], 1).chunk(2, 1)),
+            lambda field, scale, shift: F.silu(field * (1 + scale[:, :, None, None]) + shift[:, :, None, None]),
+            (normal(2, 19, 5, 17), normal(2, 19), normal(2, 19)),
+        ),
         Case(
             "text_attention",
             lambda qkv: ops.text_attention(qkv, starts),

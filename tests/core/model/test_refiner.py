@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from physformer_core.model.refiner import PhysFormerRefiner
+from physformer_core.model.native import ops as native
+from physformer_core.model.refiner import PhysFormerRefiner, activated
 from physformer_core.model.transformer import EncodedPrompt, PhysFormerTransformer2DModel
 
 Build = Callable[..., PhysFormerTransformer2DModel]
@@ -97,3 +98,36 @@ def test_doubling_is_a_pixel_shuffle() -> None:
     torch.testing.assert_close(*results)
     gradients = [torch.autograd.grad((result * weights).sum(), leaves) for result in results]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+def test_kernels_in_c_activate_all_its_fields_and_change_nothing(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    refiner = build(refiner_channels=4).refiner
+    assert refiner is not None
+    generator = torch.Generator().manual_seed(2)
+    shapes = (2, 3, 16, 24), (2, 3, 16, 24), (2, 8, 12, 64), (2, 64)
+    given = [torch.randn(shape, generator=generator) for shape in shapes]
+    kernel, fields = native.modulated_silu, []
+
+    def watched(field: Tensor, *modulation: Tensor) -> Tensor:
+        fields.append(field)
+        return kernel(field, *modulation)
+
+    def run() -> tuple[Tensor, ...]:
+        result = refiner(*given)
+        return result, *torch.autograd.grad(result.square().sum(), tuple(refiner.parameters()))
+
+    monkeypatch.setattr(native, "modulated_silu", watched)
+    found = run()
+    assert len(fields) == 7 and all(one.permute(0, 2, 3, 1).is_contiguous() for one in fields)
+    monkeypatch.setattr(native, "why_not", lambda: "left out by a test")
+    wanted = run()
+    assert len(fields) == 7
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_fields_that_lie_otherwise_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "modulated_silu", None)
+    field = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(activated(field), torch.nn.functional.silu(field))

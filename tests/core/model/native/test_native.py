@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import stat
@@ -84,6 +85,38 @@ def test_gradients_of_a_pictures_condition_sum_over_one_part_of_its_tokens_or_se
 
 
 @needs_kernels
+@pytest.mark.parametrize("channels", [3, 16, 32])
+@pytest.mark.parametrize("height, width", [(1, 1), (8, 8), (5, 13)])
+def test_fields_of_any_size_are_activated_and_no_field_is_copied(channels: int, height: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    field = torch.randn(2, height, width, channels, generator=generator).permute(0, 3, 1, 2).requires_grad_()
+    modulation = torch.randn(1, 2 * channels, generator=generator, requires_grad=True)  # one for both pictures
+
+    def plain(field: torch.Tensor, _: torch.Tensor, silu=torch.nn.functional.silu) -> torch.Tensor:
+        return silu(field)
+
+    def modulated(field: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        shift, scale = modulation[:, :, None, None].chunk(2, 1)
+        return torch.nn.functional.silu(field * (1 + scale) + shift)
+
+    def kernel(field: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        shift, scale = modulation.chunk(2, 1)
+        return ops.modulated_silu(field, scale, shift)
+
+    pairs = (functools.partial(plain, silu=ops.modulated_silu), plain), (kernel, modulated)
+    for one, other in pairs:
+        found, wanted = one(field, modulation), other(field, modulation)
+        assert found.permute(0, 2, 3, 1).is_contiguous()
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        given = torch.randn(wanted.shape, generator=generator)
+        inputs = [field] if other is plain else [field, modulation]
+        gradients = [torch.autograd.grad(result, inputs, given) for result in (found, wanted)]
+        assert gradients[0][0].permute(0, 2, 3, 1).is_contiguous()
+        torch.testing.assert_close(*gradients, rtol=2e-5, atol=2e-5)
+    assert ops._checked(field.permute(0, 2, 3, 1), 2, height, width, channels).data_ptr() == field.data_ptr()
+
+
+@needs_kernels
 def test_what_is_one_for_all_pictures_is_one_for_all(build, prompt_of) -> None:
     """Timestep, level and prompt of batch 1 beside four pictures, as torch's own operations allow."""
     model = build()
@@ -102,6 +135,8 @@ def test_other_shapes_and_types_are_refused() -> None:
         ops.norm_modulate(ones, torch.ones(3, 1, 4), torch.ones(2, 1, 4), 1e-6)
     with pytest.raises(ValueError, match="float32"):
         ops.gated_linear(ones.double())
+    with pytest.raises(ValueError, match=r"\(2, 1, 5\) where \(2, 1, 4\)"):
+        ops.modulated_silu(torch.ones(2, 4, 3, 3), torch.ones(2, 4), torch.ones(2, 5))
     qkv = torch.ones(5, 3, 1, 8)
     for starts in ([0, 3], [1, 5], [0, 4, 3, 5], [0, 6], [5]):
         with pytest.raises(ValueError, match="does not divide 5 rows"):
@@ -131,6 +166,7 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
     )
     assert found[0, 2].isnan().all() and found.isfinite().sum() == 5 * 16
     assert ops.gated_linear(torch.full((1, 40), torch.nan)).isnan().all()
+    assert ops.modulated_silu(torch.full((1, 5, 3, 3), torch.nan)).isnan().all()
 
 
 @needs_kernels
@@ -192,6 +228,11 @@ def test_what_is_far_away_weighs_nothing_and_large_gates_do_not_overflow() -> No
     gate = torch.tensor([[-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, 3.0]])
     found = ops.gated_linear(torch.cat([gate.repeat(1, 3), torch.ones(1, 24)], dim=1))
     assert torch.allclose(found, torch.nn.functional.silu(gate).repeat(1, 3), atol=1e-7)
+    field = torch.cat([gate.repeat(1, 3), torch.full((1, 3), -1e30)], dim=1)[:, :, None, None].requires_grad_()
+    found, wanted = ops.modulated_silu(field), torch.nn.functional.silu(field)
+    assert torch.allclose(found, wanted, atol=1e-7)
+    found, wanted = (torch.autograd.grad(result.sum(), field)[0] for result in (found, wanted))
+    assert torch.allclose(found, wanted, atol=1e-6)
 
 
 @needs_kernels
