@@ -33,7 +33,8 @@ class RunEstimate:
         flops_per_step: Matrix products of a mean step: forward, backward and optimizer.
         state_bytes: Weights, gradients, average and optimizer state, all float32.
         activation_bytes: What the backward pass keeps of the forward pass of the largest sampled batch (or part of one,
-            if batches are accumulated), in float32 and uncompiled: bfloat16 and compiling take less.
+            if batches are accumulated), in float32 and uncompiled: bfloat16 and compiling take less. Prompts count with
+            their padding, of which a CPU keeps nothing.
         steps_per_epoch: Steps of the run in which every example of a kind is seen once, by kind.
         steps: Of the run.
     """
