@@ -103,9 +103,10 @@ class _Answer:
         self._arrived: torch.cuda.Event | None = None
         if self.value.device.type == "cuda":
             here = torch.empty((), dtype=torch.bool, pin_memory=True)
+            stream = torch.cuda.current_stream(self.value.device)  # another device may be the current one
             self.value = here.copy_(self.value, non_blocking=True)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(stream)
 
     def read(self) -> bool:
         """Waits for it."""
