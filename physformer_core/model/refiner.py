@@ -43,8 +43,19 @@ class PhysFormerRefinerBlock(nn.Module):
     def forward(self, field: Tensor, temb: Tensor) -> Tensor:
         """[B, channels, H, W] and the condition [B, dim] -> [B, channels, H, W]."""
         shift, scale = self.modulation(temb).chunk(2, dim=1)
+        if (weights := self._plain_weights(field)) is not None and native.takes(field, scale, shift, *weights):
+            weight, bias, weight2, bias2 = weights
+            return native.modulated_convolutions(field, scale, shift, (weight, weight2), (bias, bias2))
         inner = self.conv1(activated(field, scale, shift))
         return field + self.conv2(activated(inner))
+
+    def _plain_weights(self, field: Tensor) -> tuple[Tensor, ...] | None:
+        """Weight and bias of both convolutions, where no adapter is around them and a kernel in C can take them."""
+        convs = self.conv1, self.conv2
+        if any(type(conv) is not nn.Conv2d for conv in convs):
+            return None
+        weights = tuple(one for conv in convs for one in (conv.weight, conv.bias) if one is not None)
+        return weights if len(weights) == 4 and native.convolves(field, *weights[::2]) else None
 
 
 class PhysFormerRefiner(nn.Module):

@@ -22,7 +22,7 @@ from physformer_core.errors import OutputError
 from physformer_core.files import atomic_write, cache_folder, output_error
 
 _FOLDER = Path(__file__).parent
-SOURCES = ("attention.c", "matrices.c", "pictures.c", "prompts.c", "tokens.c", "vectors.h")
+SOURCES = ("attention.c", "convolutions.c", "matrices.c", "pictures.c", "prompts.c", "tokens.c", "vectors.h")
 
 SWITCH = "PHYSFORMER_NATIVE"
 """Environment variable that leaves the kernels out where it is 0."""
@@ -46,6 +46,9 @@ _ARGUMENTS = {
     "gated_linear_back": (_P, _P, _P, _L, _I, _I),
     "modulated_silu": (*(_P,) * 4, _L, _L, _I, _I),
     "modulated_silu_back": (*(_P,) * 7, _L, _L, _I, _I),
+    "images_in_a_part": (),
+    "activated_convolution": (*(_P,) * 7, _L, *(_I,) * 5),
+    "activated_convolution_back": (*(_P,) * 12, _L, *(_I,) * 5),
     "area_average": (_P, _L, _I, _I, *(_I, _P, _P, _P, _I) * 2, _P),
     "window_attention": (*(_P,) * 10, _L, *(_I,) * 11),
     "window_attention_back": (*(_P,) * 18, _L, *(_I,) * 11),
@@ -59,7 +62,13 @@ _ARGUMENTS = {
     "orthogonalize_scratch": (_I, _I),
     "muon_step": (*(_P,) * 4, _L, _I, _I, _I, *(_F,) * 6, _I),
 }
-_RESULTS = {"window_scratch": _L, "orthogonalize_scratch": _L, "tokens_in_a_part": _I, "area_average": _I}
+_RESULTS = {
+    "window_scratch": _L,
+    "orthogonalize_scratch": _L,
+    "tokens_in_a_part": _I,
+    "images_in_a_part": _I,
+    "area_average": _I,
+}
 
 
 class Unavailable(Exception):

@@ -14,6 +14,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 from physformer_core.model.geometry import FAR, GEOMETRY_DIM, BlockGrid
 from physformer_core.native.build import Unavailable, load_library
 
+_MOST_CHANNELS = 64
+"""Of convolutions: what they work in lies on threads' stacks."""
+
 
 @functools.cache
 def why_not() -> str | None:
@@ -143,6 +146,41 @@ def modulated_silu(field: Tensor, scale: Tensor | None = None, shift: Tensor | N
         return _ModulatedSilu.apply(pixels, None, None).permute(0, 3, 1, 2)
     scale, shift = (_checked(t.unsqueeze(1), batch, 1, channels) for t in (scale, shift))
     return _ModulatedSilu.apply(pixels, scale, shift).permute(0, 3, 1, 2)
+
+
+def convolves(field: Tensor, *weights: Tensor) -> bool:
+    """Whether `modulated_convolutions` takes these: taps of 3x3 that keep the channels, which are some sixteens; even
+    sides."""
+    channels, height, width = field.shape[1:]
+    fits = channels % 16 == 0 and channels <= _MOST_CHANNELS and height % 2 == 0 and width % 2 == 0
+    return fits and all(weight.shape == (channels, channels, 3, 3) for weight in weights)
+
+
+def modulated_convolutions(
+    field: Tensor, scale: Tensor, shift: Tensor, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor]
+) -> Tensor:
+    """``field + conv(silu(conv(silu(field * (1 + scale) + shift))))`` of convolutions with a margin of a pixel.
+
+    Args:
+        field: [B, C, H, W]; it is copied unless its channels lie together in memory.
+        scale, shift: [B, C].
+        weights, biases: Of both, [C, C, 3, 3] and [C].
+
+    Returns:
+        [B, C, H, W], whose channels lie together in memory.
+
+    Raises:
+        ValueError: Not what `convolves` takes.
+    """
+    if not convolves(field, *weights):
+        shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
+        raise ValueError(f"no convolutions in C of {tuple(field.shape)} by {shapes}")
+    batch, channels, height, width = field.shape
+    pixels = _checked(field.permute(0, 2, 3, 1), batch, height, width, channels)
+    scale, shift = (_checked(t, batch, channels) for t in (scale, shift))
+    one, other = (_checked(t, *t.shape) for t in weights)
+    of_one, of_other = (_checked(t, channels) for t in biases)
+    return _ModulatedConvolutions.apply(pixels, scale, shift, one, of_one, other, of_other).permute(0, 3, 1, 2)
 
 
 def window_attention(
@@ -420,6 +458,34 @@ class _ModulatedSilu(torch.autograd.Function):
         pointers = _pointers(grad, pixels, scale, shift, of_pixels, of_scale, of_shift)
         load_library().modulated_silu_back(*pointers, *ctx.sizes, _threads())
         return of_pixels, *(None if t is None else _added_up(t) for t in (of_scale, of_shift))
+
+
+class _ModulatedConvolutions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, *given: Tensor) -> Tensor:
+        scale, shift, weight, bias, weight2, bias2 = given
+        inner, out = torch.empty_like(pixels), torch.empty_like(pixels)
+        sizes = *pixels.shape, pixels.shape[-1], _threads()
+        run = load_library().activated_convolution
+        run(*_pointers(pixels, scale, shift, weight, bias, None, inner), *sizes)
+        run(*_pointers(inner, None, None, weight2, bias2, pixels, out), *sizes)
+        ctx.save_for_backward(pixels, inner, scale, shift, weight, weight2)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pixels, inner, scale, shift, weight, weight2 = ctx.saved_tensors
+        grad, channels = grad.contiguous(), pixels.shape[-1]
+        of_pixels, of_inner, of_scale, of_shift, of_weight, of_weight2 = map(torch.empty_like, ctx.saved_tensors)
+        of_bias, of_bias2 = (weight.new_empty(channels) for _ in range(2))
+        library, sizes = load_library(), (*pixels.shape, channels, _threads())
+        scratch = weight.new_empty(-(-len(pixels) // library.images_in_a_part()), (16 * channels + 1) * channels)
+        given = grad, inner, None, None, weight2, None, scratch, of_inner, None, None, of_weight2, of_bias2
+        library.activated_convolution_back(*_pointers(*given), *sizes)
+        given = of_inner, pixels, scale, shift, weight, grad, scratch, of_pixels, of_scale, of_shift, of_weight, of_bias
+        library.activated_convolution_back(*_pointers(*given), *sizes)
+        return of_pixels, of_scale, of_shift, of_weight, of_bias, of_weight2, of_bias2
 
 
 class _WindowAttention(torch.autograd.Function):

@@ -106,6 +106,12 @@ def cases() -> list[Case]:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def convolved(field: Tensor, scale: Tensor, shift: Tensor, *rest: Tensor) -> Tensor:
+        inner = field * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        for weight, bias in zip(rest[:2], rest[2:], strict=True):
+            inner = F.conv2d(F.silu(inner), weight, bias, padding=1)
+        return field + inner
+
     prompts = [(0, 7), (7, 7), (7, 8), (8, 12)]
     starts = torch.tensor([0, 7, 7, 8, 12], dtype=torch.int32, device="cpu")
 
@@ -176,6 +182,12 @@ def cases() -> list[Case]:
             lambda field, scale, shift: ops.modulated_silu(field, *torch.cat([scale, shift], 1).chunk(2, 1)),
             lambda field, scale, shift: F.silu(field * (1 + scale[:, :, None, None]) + shift[:, :, None, None]),
             (normal(2, 19, 5, 17), normal(2, 19), normal(2, 19)),
+        ),
+        Case(
+            "modulated_convolutions",
+            lambda field, scale, shift, *rest: ops.modulated_convolutions(field, scale, shift, rest[:2], rest[2:]),
+            convolved,
+            (normal(5, 16, 4, 14), *normal(2, 5, 16), *normal(2, 16, 16, 3, 3) / 12, *normal(2, 16)),
         ),
         Case(
             "text_attention",

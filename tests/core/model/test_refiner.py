@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +126,39 @@ def test_kernels_in_c_activate_all_its_fields_and_change_nothing(build: Build, m
     assert len(fields) == 7
     for one, other in zip(found, wanted, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+def test_kernels_in_c_convolve_both_blocks_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    refiner = PhysFormerRefiner(3, 24, 8, 16)
+    for layer in refiner.zero_at_first():
+        torch.nn.init.normal_(layer.weight, std=0.05)
+    given = torch.randn(3, 3, 16, 24), torch.randn(3, 3, 16, 24), torch.randn(3, 2, 3, 24), torch.randn(3, 24)
+    kernel, widths = native.modulated_convolutions, []
+
+    def watched(field: Tensor, *rest: Any) -> Tensor:
+        widths.append(field.shape[1:])
+        return kernel(field, *rest)
+
+    def run() -> tuple[Tensor, ...]:
+        result = refiner(*given)
+        return result, *torch.autograd.grad(result.square().sum(), tuple(refiner.parameters()))
+
+    monkeypatch.setattr(native, "modulated_convolutions", watched)
+    found = run()
+    assert widths == [(32, 8, 12), (16, 16, 24)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert refiner(*given).isfinite().all()
+    monkeypatch.setattr(native, "why_not", lambda: "left out by a test")
+    wanted = run()
+    monkeypatch.undo()
+    refiner.outer.conv1 = torch.nn.Sequential(refiner.outer.conv1)  # as an adapter around it
+    adapted = run()
+    assert len(widths) == 2
+    for one, other, third in zip(found, wanted, adapted, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+        assert (third - other).norm() <= 1e-5 * other.norm()
 
 
 def test_fields_that_lie_otherwise_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

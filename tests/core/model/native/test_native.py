@@ -117,6 +117,38 @@ def test_fields_of_any_size_are_activated_and_no_field_is_copied(channels: int, 
 
 
 @needs_kernels
+@pytest.mark.parametrize("channels", [16, 48])
+@pytest.mark.parametrize("batch, height, width", [(1, 2, 2), (3, 6, 8), (2, 4, 202), (5, 12, 10)])
+def test_convolutions_of_any_even_size_are_those_of_torch(channels: int, batch: int, height: int, width: int) -> None:
+    """One tile, rows of tiles together, rows that are cut into strips, and batches that end within a part."""
+    generator = torch.Generator().manual_seed(6)
+
+    def normal(*shape: int, by: float = 1.0) -> torch.Tensor:
+        return (by * torch.randn(shape, generator=generator)).requires_grad_()
+
+    field = normal(batch, channels, height, width)
+    condition, taps = normal(1, 2 * channels), (9 * channels) ** -0.5
+    weights = tuple(normal(channels, channels, 3, 3, by=taps) for _ in range(2))
+    biases = tuple(normal(channels) for _ in range(2))
+
+    def written() -> torch.Tensor:
+        shift, scale = condition.double()[:, :, None, None].chunk(2, 1)
+        inner = field.double() * (1 + scale) + shift
+        for weight, bias in zip(weights, biases, strict=True):
+            silu = torch.nn.functional.silu(inner)
+            inner = torch.nn.functional.conv2d(silu, weight.double(), bias.double(), padding=1)
+        return field.double() + inner
+
+    shift, scale = condition.chunk(2, 1)  # one for all pictures
+    found, wanted = ops.modulated_convolutions(field, scale, shift, weights, biases), written()
+    given, leaves = torch.randn(wanted.shape, generator=generator), (field, condition, *weights, *biases)
+    pairs = [torch.autograd.grad(result, leaves, given.to(result.dtype)) for result in (found, wanted)]
+    assert found.permute(0, 2, 3, 1).is_contiguous()
+    for one, other in ((found, wanted), *zip(*pairs, strict=True)):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@needs_kernels
 def test_what_is_one_for_all_pictures_is_one_for_all(build, prompt_of) -> None:
     """Timestep, level and prompt of batch 1 beside four pictures, as torch's own operations allow."""
     model = build()
@@ -137,6 +169,16 @@ def test_other_shapes_and_types_are_refused() -> None:
         ops.gated_linear(ones.double())
     with pytest.raises(ValueError, match=r"\(2, 1, 5\) where \(2, 1, 4\)"):
         ops.modulated_silu(torch.ones(2, 4, 3, 3), torch.ones(2, 4), torch.ones(2, 5))
+    for field, taps in (
+        ((1, 16, 4, 5), (3, 3)),
+        ((1, 16, 4, 4), (1, 3)),
+        ((1, 8, 4, 4), (3, 3)),
+        ((1, 80, 4, 4), (3, 3)),
+    ):
+        channels = torch.ones(1, field[1])
+        weights = tuple(torch.ones(field[1], field[1], *taps) for _ in range(2))
+        with pytest.raises(ValueError, match="no convolutions in C"):
+            ops.modulated_convolutions(torch.ones(field), channels, channels, weights, (channels[0], channels[0]))
     qkv = torch.ones(5, 3, 1, 8)
     for starts in ([0, 3], [1, 5], [0, 4, 3, 5], [0, 6], [5]):
         with pytest.raises(ValueError, match="does not divide 5 rows"):
@@ -167,6 +209,10 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
     assert found[0, 2].isnan().all() and found.isfinite().sum() == 5 * 16
     assert ops.gated_linear(torch.full((1, 40), torch.nan)).isnan().all()
     assert ops.modulated_silu(torch.full((1, 5, 3, 3), torch.nan)).isnan().all()
+    field, zero, taps = torch.zeros(1, 16, 4, 8), torch.zeros(1, 16), torch.zeros(16, 16, 3, 3)
+    field[0, 3, 1, 6] = torch.inf
+    found = ops.modulated_convolutions(field, zero, zero, (taps, taps), (zero[0], zero[0]))
+    assert not found[0, :, 1, 6].isfinite().any() and found[0, :, :, 0].isfinite().all()
 
 
 @needs_kernels
