@@ -171,6 +171,7 @@ def test_other_shapes_and_types_are_refused() -> None:
         ops.modulated_silu(torch.ones(2, 4, 3, 3), torch.ones(2, 4), torch.ones(2, 5))
     for field, taps in (
         ((1, 16, 4, 5), (3, 3)),
+        ((1, 16, 5, 4), (3, 3)),
         ((1, 16, 4, 4), (1, 3)),
         ((1, 8, 4, 4), (3, 3)),
         ((1, 80, 4, 4), (3, 3)),
