@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from physformer_core.checkpoints import load_pipeline
 from physformer_core.data.scenes import render_svg
+from physformer_core.evaluation.classifier import load_classifier
 from physformer_core.evaluation.features import load_extractor
-from physformer_core.evaluation.gallery import load_gallery
 from physformer_core.evaluation.prompt_accuracy import Judge
 from physformer_core.evaluation.prompt_cases import chosen_concepts, single_cases
 from physformer_core.hardware import resolve_device, resolve_dtype
@@ -35,7 +35,7 @@ def main() -> None:
     device = resolve_device("auto")
     pipeline = load_pipeline(options.checkpoint, device=device, dtype=resolve_dtype("auto", device))
     extractor = load_extractor("efficientnet", None, device)
-    judge = Judge(extractor, load_gallery(extractor))
+    judge = Judge(extractor, load_classifier(extractor))
     cases = single_cases(options.num, 0, aspect=1.0, concepts=chosen_concepts(options.concepts))
     scenes = [np.asarray(render_svg(case.scene.svg, options.side, options.side)) for case in cases]
     sizes = pipeline.level_sizes(options.side, options.side)

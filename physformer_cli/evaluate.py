@@ -23,6 +23,7 @@ from physformer_cli.evaluate_common import (
     check_files,
     load_drawn,
     load_features,
+    load_judge,
     make_requests,
     miss,
     pixels_of,
@@ -273,8 +274,9 @@ def prompts(
 ) -> None:
     """Prompt accuracy: how often the picture shows what its prompt says.
 
-    Each picture is compared with clean renders of every scene concept; right means that its own concept is the nearest.
-    The ceiling is the score of real scenes, the floor that of other pictures' prompts. Needs no network.
+    A classifier that is fitted to composed scenes, once and in some minutes, says what each picture shows; right means
+    that its own concept is the likeliest of all. The ceiling is the score of real scenes, the floor that of other
+    pictures' prompts. Needs no network.
     """
     if num + relations + phrased == 0:
         raise ConfigError("--num 0, --relations 0 and --phrased 0 leave nothing to measure")
@@ -297,7 +299,6 @@ def prompts(
         check_files(output, contact_sheet, "--contact-sheet")
         found = find_checkpoint(checkpoint)
         from physformer_core.data.contact_sheet import sheet_size, write_sheet
-        from physformer_core.evaluation.gallery import load_gallery
         from physformer_core.evaluation.pictures import draw_requests
         from physformer_core.evaluation.prompt_accuracy import (
             Judge,
@@ -328,12 +329,7 @@ def prompts(
         requests = make_requests([(case.prompt, width, height) for case in cases], seed, steps, guidance, detail)
         drawn = load_drawn(found, requests, str(where), dtype, run)
         with console.progress() as add:
-            task = add("clean renders", None, unit="renders")
-            gallery = load_gallery(extractor, progress=task.update, notify=console.warn)
-            caged = None
-            if two:
-                task = add("renders in cages", None, unit="renders")
-                caged = load_gallery(extractor, caged=True, progress=task.update, notify=console.warn)
+            classifier = load_judge(extractor, add)
             task = add("prompts", len(cases), unit="prompts")
             pictures = draw_requests(found, drawn.pipeline, requests)
             sides = [drawn.pipeline.patch_side(size) for size in reversed(drawn.pipeline.level_sizes(height, width))]
@@ -345,30 +341,29 @@ def prompts(
                 for spectrum, picture in zip(spectra, both, strict=True):
                     spectrum.add(picture)
 
-            judged = judge_all(cases, pictures, Judge(extractor, gallery, caged), task.update, watch)
+            judged = judge_all(cases, pictures, Judge(extractor, classifier), task.update, watch)
         result: dict[str, Any] = {"format": "physformer-prompts/1"}
         if singles:
-            result["single"] = single_report(judged[:num], gallery.concepts)
+            result["single"] = single_report(judged[:num], classifier.concepts)
         if two:
             result["relations"] = relation_report(judged[num : num + relations])
         if phrased:
-            result["phrased"] = single_report(judged[num + relations :], gallery.concepts)
+            result["phrased"] = single_report(judged[num + relations :], classifier.concepts)
         result["spectra"] = spectra_report(*spectra)
         result["recipe"] = {
             "concepts": concepts,
             "pair_ranks": list(ranks),
             "extractor": extractor.recipe(),
-            "gallery": gallery.key,
-            "caged_gallery": caged.key if caged is not None else None,
+            "classifier": classifier.key,
             "generated": drawn.recipe(),
         }
-        result["pictures"] = judged_table(judged, gallery.concepts)
+        result["pictures"] = judged_table(judged, classifier.concepts)
         run.device, run.seeds = str(where), [seed]
         run.config = {key: value for key, value in result.items() if key != "pictures"}
         write_result(output, result, run)
         if contact_sheet is not None:
             name = next_free_name(contact_sheet)
-            write_sheet(prompt_sheet(judged, gallery.concepts), name)
+            write_sheet(prompt_sheet(judged, classifier.concepts), name)
             run.add_output(name)
         if (output is None) != (contact_sheet is None):  # a replay can send only one file elsewhere
             spelling = ("--output", "-o") if contact_sheet is None else ("--contact-sheet",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from physformer_core.batching import PictureRequest
     from physformer_core.checkpoints import Checkpoint
+    from physformer_core.evaluation.classifier import ConceptClassifier
     from physformer_core.evaluation.features import FeatureExtractor
     from physformer_core.evaluation.pictures import DrawnPictures
     from physformer_core.pipeline import PhysFormerPipeline
@@ -133,6 +134,28 @@ def load_features(name: str, model: str | None, device: torch.device) -> Feature
             tasks[0].update(done)
 
         return load_extractor(name, model, device, on_bytes)
+
+
+def load_judge(extractor: FeatureExtractor, add: Callable[..., console.ProgressTask]) -> ConceptClassifier:
+    """The classifier that judges pictures, with bars where it has to be fitted first: some minutes."""
+    from physformer_core.evaluation.classifier import load_classifier
+
+    tasks: dict[str, console.ProgressTask] = {}
+
+    def bar(description: str, unit: str) -> Callable[[int, int], None]:
+        def update(done: int, total: int) -> None:
+            if description not in tasks:  # none where the cache has the judge
+                tasks[description] = add(description, total, unit=unit)
+            tasks[description].update(done)
+
+        return update
+
+    return load_classifier(
+        extractor,
+        progress=bar("scenes for the judge", "scenes"),
+        fitting=bar("fitting the judge", "steps"),
+        notify=console.warn,
+    )
 
 
 def write_result(output: Path | None, result: Mapping[str, Any], run: RunRecorder) -> None:

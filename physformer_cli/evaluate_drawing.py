@@ -24,6 +24,7 @@ from physformer_cli.evaluate_common import (
     check_files,
     load_drawn,
     load_features,
+    load_judge,
     make_requests,
     miss,
     pixels_of,
@@ -221,7 +222,6 @@ def steps(
     from physformer_core.checkpoints import find_checkpoint
     from physformer_core.data.contact_sheet import write_sheet
     from physformer_core.evaluation.effort import Effort, draw_efforts, knee
-    from physformer_core.evaluation.gallery import load_gallery
     from physformer_core.evaluation.pictures import draw_requests
     from physformer_core.evaluation.prompt_accuracy import Judge, Share
     from physformer_core.evaluation.prompt_cases import chosen_concepts, single_cases
@@ -240,9 +240,8 @@ def steps(
         drawn = load_drawn(found, make_requests(texts, seed, str(tried[0]), guidance, detail), str(where), dtype, run)
         efforts: list[Effort] = []
         with console.progress() as add:
-            task = add("clean renders", None, unit="renders")
-            gallery = load_gallery(extractor, progress=task.update, notify=console.warn)
-            judge = Judge(extractor, gallery)
+            classifier = load_judge(extractor, add)
+            judge = Judge(extractor, classifier)
             task = add("prompts", len(tried) * num, unit="prompts")
             for _ in draw_requests(found, drawn.pipeline, make_requests(texts[:1], seed, "1", guidance, detail)):
                 pass  # loads the text encoder and tries the kernels, which is no count's own time
@@ -272,7 +271,7 @@ def steps(
             "recipe": {
                 "concepts": concepts,
                 "extractor": extractor.recipe(),
-                "gallery": gallery.key,
+                "classifier": classifier.key,
                 "generated": recipe,
             },
         }

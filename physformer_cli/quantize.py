@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from physformer_cli import console
+from physformer_cli.evaluate_common import load_features, load_judge
 from physformer_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -171,9 +172,22 @@ def _compare(
     from physformer_core.quantization.measure import compare_checkpoints
 
     with console.progress() as add:
+        judge = None
+        if accuracy:
+            from physformer_core.evaluation.prompt_accuracy import Judge
+
+            extractor = load_features("efficientnet", None, device)
+            judge = Judge(extractor, load_judge(extractor, add))
         task = add("comparing", 3 * count, unit="pictures")
         return compare_checkpoints(
-            original, quantized, count=count, accuracy=accuracy, dtype=dtype, device=device, on_picture=task.update
+            original,
+            quantized,
+            count=count,
+            accuracy=accuracy,
+            judge=judge,
+            dtype=dtype,
+            device=device,
+            on_picture=task.update,
         )
 
 

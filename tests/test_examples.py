@@ -45,18 +45,6 @@ def test_which_level(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_second_judge(tmp_path: Path) -> None:
-    arguments = ["--num", "4", "--relations", "3", "--views", "1"]
-    command = [sys.executable, str(EXAMPLES / "second_judge.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
-    lines = [line for line in done.stdout.replace("\r", "\n").splitlines() if "ceiling" in line]
-    shown = [f"{judge}: {what}" for judge in ("nearest render", "fitted")
-             for what in ("one thing (4): top-1 ", "two things, in their places (2): top-1 ")]  # fmt: skip
-    assert len(lines) == 4 and all(line.startswith(start) for line, start in zip(lines, shown, strict=True))
-    assert "(ceiling 100.0%" in lines[2]  # what it was fitted to it knows again
-
-
-@pytest.mark.slow
 def test_the_whole_way_goes_on_where_it_was(tmp_path: Path) -> None:
     script, told = EXAMPLES / "train_nano.sh", {"PRESET": "debug", "SCENES": "60", "BATCH": "4", "PROMPTS": "0"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -83,7 +83,7 @@ def draw_efforts(efforts: Sequence[Effort], *, width: int = 900, height: int = 5
             centre = place(x, share.value)
             draw.circle(centre, 4 * _SCALE, colour)
         where = ((width - _RIGHT - 8) * _SCALE, (_TOP + 10 + 18 * row) * _SCALE)
-        draw.text(where, {"top5": "among the nearest five", "top1": "nearest"}[name], colour, font, "rm")
+        draw.text(where, {"top5": "among the best five", "top1": "best"}[name], colour, font, "rm")
     draw.text((_LEFT * _SCALE, 14 * _SCALE), "pictures that show their prompt", _INK, title)
     below = ((_LEFT + width - _RIGHT) / 2 * _SCALE, (height - 24) * _SCALE)
     draw.text(below, "evaluations of the network, and seconds a picture; the thick line is the knee", _INK, font, "ma")

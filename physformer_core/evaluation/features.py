@@ -123,6 +123,12 @@ class FeatureExtractor(ABC):
         """Features [batch, width] of float32 pixels [batch, 3, side, side], 0 to 255."""
 
 
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors [..., width] scaled to length 1."""
+    scaled: np.ndarray = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True).clip(1e-12)
+    return scaled
+
+
 def resize_square(picture: np.ndarray, side: int) -> np.ndarray:
     """A picture resized as `RESIZE` says.
 

@@ -1,13 +1,14 @@
 """Prompt accuracy: whether a picture shows what its prompt says, measured without a person and without a network.
 
-Prompts ask for scenes that nobody has drawn yet (`prompt_cases`). Each drawn picture is compared with clean renders of
-all concepts, in feature space; its prompt is right if the concept it names is the nearest (top-1) or among the five
-nearest (top-5). Beside the score stand two others, from the same prompts, features and arithmetic: the ceiling, where
-the very scene that the prompt describes is rendered instead of drawn, and the floor, where each picture is judged by
-the other pictures' prompts. A network that ignores its prompt gets the floor, one that draws like the data the ceiling.
+Prompts ask for scenes that nobody has drawn yet (`prompt_cases`). A classifier that is fitted to scenes (`classifier`)
+says how likely each drawn picture shows each concept; its prompt is right if the concept it names is the likeliest
+(top-1) or among the five likeliest (top-5). Beside the score stand two others, from the same prompts, features and
+arithmetic: the ceiling, where the very scene that the prompt describes is rendered instead of drawn, and the floor,
+where each picture is judged by the other pictures' prompts. A network that ignores its prompt gets the floor, one that
+draws like the data the ceiling.
 
 Prompts with a relation count as right where both things are seen in places that fit the relation (`windows`), or, for
-"in a cage", where the picture is nearer to a caged render of the concept than to any other, caged or not.
+"in a cage", where the concept in a cage is likelier than any other, caged or not.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ from PIL import Image
 
 from physformer_core.data.scenes import Concept, render_svg
 from physformer_core.data.scenes.composer import RELATIONS
-from physformer_core.errors import ConfigError
+from physformer_core.evaluation.classifier import ConceptClassifier
 from physformer_core.evaluation.features import FeatureExtractor
-from physformer_core.evaluation.gallery import Gallery, unit
 from physformer_core.evaluation.prompt_cases import PromptCase
 from physformer_core.evaluation.windows import OPPOSITE, Window, ranks, relation_found, search_windows, whole_windows
 
 _THUMBNAIL = 160
-_NEAREST = (1, 5)
+_MOST = (1, 5)
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Judgement:
 
     Args:
         scores: Single subjects: [concepts]. Relations: [windows, concepts], with caged concepts behind for "in".
-        guess: Name of the nearest concept.
-        rank: How many concepts are nearer than the right one; for relations 0, 1 or 5: found among the nearest one,
-            among the nearest five, or not.
+        guess: Name of the likeliest concept.
+        rank: How many concepts are no less likely than the right one; for relations 0, 1 or 5: found as the likeliest
+            one, among the likeliest five, or not.
         windows: Relations: the windows of the scores' rows.
-        both, subject, other: Relations: what was found among the nearest one and the nearest five.
+        both, subject, other: Relations: what was found as the likeliest one and among the likeliest five.
     """
 
     scores: np.ndarray
@@ -86,52 +86,51 @@ class Judge:
 
     Args:
         extractor: The feature network.
-        gallery: Clean renders.
-        caged: Caged renders; needed for the relation "in".
-
-    Raises:
-        ConfigError: The two galleries hold different concepts.
+        classifier: What pictures of these features show.
     """
 
-    def __init__(self, extractor: FeatureExtractor, gallery: Gallery, caged: Gallery | None = None) -> None:
-        if caged is not None and caged.concepts != gallery.concepts:
-            raise ConfigError("the clean and the caged gallery hold different concepts")
-        self._extractor, self._gallery, self._caged = extractor, gallery, caged
+    def __init__(self, extractor: FeatureExtractor, classifier: ConceptClassifier) -> None:
+        self._extractor, self._classifier = extractor, classifier
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """What pictures may be taken for, in the order of the scores."""
+        return self._classifier.concepts
 
     def judge(self, case: PromptCase, picture: np.ndarray) -> Judgement:
-        """Compares a picture [height, width, 3] with all concepts."""
+        """What a picture [height, width, 3] shows, and whether that is what its prompt asks for."""
         if case.kind == "in":
             return self._judge_caged(case, picture)
         if case.other is not None:
             return self._judge_relation(case, picture)
         windows = whole_windows(*picture.shape[:2])
-        scores = self._gallery.scores(self._extractor.extract([window.cut(picture) for window in windows])).max(0)
+        scores = self._classifier.scores(self._seen(picture, windows)).max(0)
         return Judgement(scores, self._name(int(scores.argmax())), int(ranks(scores, case.subject)))
 
     def _judge_caged(self, case: PromptCase, picture: np.ndarray) -> Judgement:
-        assert self._caged is not None, "prompts with a cage need a gallery of caged renders"
-        windows = whole_windows(*picture.shape[:2])
-        features = unit(self._extractor.extract([window.cut(picture) for window in windows]))
-        scores = np.concatenate([self._gallery.scores(features), self._caged.scores(features)], axis=1).max(0)
-        target = len(self._gallery.concepts) + case.subject
-        rank, nearest = int(ranks(scores, target)), int(scores.argmax())
-        found = tuple(rank < most for most in _NEAREST)
-        guess = self._name(nearest) + (" in a cage" if nearest >= len(self._gallery.concepts) else "")
+        concepts = len(self.concepts)
+        scores = self._classifier.caged_scores(self._seen(picture, whole_windows(*picture.shape[:2]))).max(0)
+        rank, likeliest = int(ranks(scores, concepts + case.subject)), int(scores.argmax())
+        found = tuple(rank < most for most in _MOST)
+        guess = self._name(likeliest) + (" in a cage" if likeliest >= concepts else "")
         return Judgement(scores[None], guess, _step(found), (), found, found, found)
 
     def _judge_relation(self, case: PromptCase, picture: np.ndarray) -> Judgement:
         assert case.other is not None
         windows = search_windows(*picture.shape[:2])
-        scores = self._gallery.scores(self._extractor.extract([window.cut(picture) for window in windows]))
-        results = [relation_found(case.kind, windows, scores, case.subject, case.other, most) for most in _NEAREST]
+        scores = self._classifier.scores(self._seen(picture, windows))
+        results = [relation_found(case.kind, windows, scores, case.subject, case.other, most) for most in _MOST]
         both, subject, other = zip(*results, strict=True)
         # What is seen most clearly: the two concepts with the highest scores anywhere.
         clearest = scores.max(0).argsort()[::-1][:2]
         guess = " and ".join(self._name(int(row)) for row in clearest)
         return Judgement(scores, guess, _step(both), tuple(windows), both, subject, other)
 
+    def _seen(self, picture: np.ndarray, windows: Sequence[Window]) -> np.ndarray:
+        return self._extractor.extract([window.cut(picture) for window in windows])
+
     def _name(self, row: int) -> str:
-        return self._gallery.concepts[row % len(self._gallery.concepts)].name
+        return self.concepts[row % len(self.concepts)].name
 
 
 @dataclass(frozen=True)
@@ -186,13 +185,13 @@ def single_report(judged: Sequence[JudgedPrompt], concepts: Sequence[Concept]) -
     """Shares of single subjects that were right: in all, by category and by kind, with ceiling and floor."""
 
     def shares(chosen: Sequence[JudgedPrompt]) -> dict[str, Any]:
-        return {f"top{most}": Share.of([one.drawn.rank < most for one in chosen]).as_dict() for most in _NEAREST} | {
-            "ceiling": {f"top{most}": Share.of([one.real.rank < most for one in chosen]).value for most in _NEAREST}
+        return {f"top{most}": Share.of([one.drawn.rank < most for one in chosen]).as_dict() for most in _MOST} | {
+            "ceiling": {f"top{most}": Share.of([one.real.rank < most for one in chosen]).value for most in _MOST}
         }
 
     targets = np.array([one.case.subject for one in judged])
     floor: dict[str, float | None] = {}
-    for most in _NEAREST:
+    for most in _MOST:
         # Every picture against the prompts of all others: the same as shuffling, without its luck.
         hits = [
             np.mean(ranks(np.broadcast_to(one.drawn.scores, (len(others), len(one.drawn.scores))), others) < most)
@@ -224,20 +223,20 @@ def relation_report(judged: Sequence[JudgedPrompt]) -> dict[str, Any]:
     def shares(chosen: Sequence[JudgedPrompt]) -> dict[str, Any]:
         return {
             f"top{most}": Share.of([one.drawn.both[place] for one in chosen]).as_dict()
-            for place, most in enumerate(_NEAREST)
+            for place, most in enumerate(_MOST)
         } | {
             "subject_top5": Share.of([one.drawn.subject[-1] for one in chosen]).value,
             "other_top5": Share.of([one.drawn.other[-1] for one in chosen]).value,
             "ceiling": {
                 f"top{most}": Share.of([one.real.both[place] for one in chosen]).value
-                for place, most in enumerate(_NEAREST)
+                for place, most in enumerate(_MOST)
             },
         }
 
     return {
         "count": len(judged),
         **shares(judged),
-        "floor": {f"top{most}": _relation_floor(judged, most) for most in _NEAREST},
+        "floor": {f"top{most}": _relation_floor(judged, most) for most in _MOST},
         "opposite": {"drawn": _opposite(judged, real=False), "ceiling": _opposite(judged, real=True)},
         "relations": [
             {"relation": relation, **shares(chosen)} for relation in RELATIONS if (chosen := _of_kind(judged, relation))
@@ -263,7 +262,7 @@ def _relation_floor(judged: Sequence[JudgedPrompt], most: int) -> float | None:
 
 
 def _opposite(judged: Sequence[JudgedPrompt], *, real: bool) -> float | None:
-    """The share of pictures, of those whose relation has an opposite, that satisfy that one too (nearest one)."""
+    """The share of pictures, of those whose relation has an opposite, that satisfy that one too (top-1)."""
     hits = []
     for one in judged:
         if one.case.kind in OPPOSITE and one.case.other is not None:
@@ -296,5 +295,5 @@ def _of_kind(judged: Sequence[JudgedPrompt], kind: str) -> list[JudgedPrompt]:
 
 
 def _step(found: tuple[bool, ...]) -> int:
-    """0 found among the nearest one, 1 among the nearest five, 5 not."""
-    return 0 if found[0] else 1 if found[-1] else _NEAREST[-1]
+    """0 found as the likeliest, 1 among the likeliest five, 5 not."""
+    return 0 if found[0] else 1 if found[-1] else _MOST[-1]

@@ -27,7 +27,7 @@ class PromptCase:
     Args:
         prompt: One of the scene's captions; of "phrased" cases, words that none of them has.
         scene: The scene.
-        subject: Row of its main concept in the gallery.
+        subject: Row of its main concept in the list of concepts.
         other: Row of the other thing; None for a single subject or a cage.
         kind: "plain", "place" or "phrased" for a single subject, else the relation.
     """

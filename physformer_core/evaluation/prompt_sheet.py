@@ -31,7 +31,7 @@ def _exhibit(one: JudgedPrompt, concepts: Sequence[Concept]) -> Exhibit:
     if rank == 0:
         colour, note = RIGHT, f"right: {one.drawn.guess}"
     elif rank < 5:
-        colour, note = NEAR, f"top 5; nearest: {one.drawn.guess}"
+        colour, note = NEAR, f"top 5; taken for: {one.drawn.guess}"
     else:
         colour, note = WRONG, f"wrong: {one.drawn.guess}"
     return Exhibit(ImageOps.expand(inner, _FRAME, colour), one.case.prompt, note)

@@ -14,8 +14,7 @@ from physformer_core.data.scenes import compose_scene
 from physformer_core.data.scenes.composer import Scene
 from physformer_core.data.shard_set import Group, ShardSet
 from physformer_core.errors import DataError
-from physformer_core.evaluation.features import FeatureExtractor
-from physformer_core.evaluation.gallery import unit
+from physformer_core.evaluation.features import FeatureExtractor, unit
 from physformer_core.evaluation.prompt_cases import CASE_SEED, PromptCase
 
 COPY_DISTANCE = 4.0

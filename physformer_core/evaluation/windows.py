@@ -2,7 +2,7 @@
 
 A picture is looked at through squares: the whole (in a picture that is not square, several squares along its longer
 side), and halves of the shorter side at every quarter of it. A thing is found in a window if its concept is among the
-nearest ones there. Two things stand in a relation if some window of the one and some window of the other lie to each
+likeliest ones there. Two things stand in a relation if some window of the one and some window of the other lie to each
 other as the relation's layout in the scenes says. This tells left from right and above from below, not near from far:
 for "in front of" and "behind" it asks that both be seen, the nearer one lower down or to the side.
 """
@@ -96,7 +96,7 @@ def stands_in_relation(relation: str, subject: Window, other: Window) -> bool:
 def ranks(scores: np.ndarray, targets: np.ndarray | int) -> np.ndarray:
     """How many concepts score no lower than the target, 0 for the best: [..., concepts] -> [...].
 
-    Equal scores count against the target: a picture of nothing, equally far from everything, shows nothing.
+    Equal scores count against the target: a picture that might be anything alike shows nothing.
     """
     wanted = np.broadcast_to(np.asarray(targets), scores.shape[:-1])
     own = np.take_along_axis(scores, wanted[..., None], axis=-1)
@@ -105,7 +105,7 @@ def ranks(scores: np.ndarray, targets: np.ndarray | int) -> np.ndarray:
 
 
 def relation_found(
-    relation: str, windows: Sequence[Window], scores_wc: np.ndarray, subject: int, other: int, nearest: int
+    relation: str, windows: Sequence[Window], scores_wc: np.ndarray, subject: int, other: int, most: int
 ) -> tuple[bool, bool, bool]:
     """Whether both things are where the relation says, and whether each is seen at all.
 
@@ -114,9 +114,9 @@ def relation_found(
         windows: The windows.
         scores_wc: Scores [windows, concepts].
         subject, other: Their concepts.
-        nearest: 1: a thing is seen where its concept is the nearest; 5: where it is among the five nearest.
+        most: 1: a thing is seen where its concept is the likeliest; 5: where it is among the five likeliest.
     """
-    of_subject = np.flatnonzero(ranks(scores_wc, subject) < nearest).tolist()
-    of_other = np.flatnonzero(ranks(scores_wc, other) < nearest).tolist()
+    of_subject = np.flatnonzero(ranks(scores_wc, subject) < most).tolist()
+    of_other = np.flatnonzero(ranks(scores_wc, other) < most).tolist()
     both = any(stands_in_relation(relation, windows[a], windows[b]) for a in of_subject for b in of_other)
     return both, bool(len(of_subject)), bool(len(of_other))

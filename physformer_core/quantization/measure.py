@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from physformer_core.quantization.convert import (
     sample_activations,
 )
 from physformer_core.quantization.storage import torchao_module
+
+if TYPE_CHECKING:
+    from physformer_core.evaluation.prompt_accuracy import Judge
 
 COMPARED_PROMPTS = (
     "a fox in the forest",
@@ -99,6 +102,7 @@ def compare_checkpoints(
     count: int = 4,
     size: int = 256,
     accuracy: int = 0,
+    judge: Judge | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     on_picture: Callable[[int], None] | None = None,
@@ -110,6 +114,7 @@ def compare_checkpoints(
         count: Pictures to compare, each drawn twice by the original (with two seeds) and once by the other.
         size: Their side in pixels.
         accuracy: Prompts to measure prompt accuracy with; 0 leaves it out.
+        judge: What says whether they are right. If not given it is loaded, or fitted, which takes minutes.
         dtype: What both compute in.
         device: Where.
         on_picture: Told how many pictures are done, of three per prompt.
@@ -150,7 +155,7 @@ def compare_checkpoints(
         differences.append(float(np.abs(pictures[0] - pictures[1]).mean()))
         others.append(float(np.abs(pictures[0] - again).mean()))
     weights = [_weight_bytes(pipeline.transformer) for pipeline in both]
-    shares = [_prompt_accuracy(one, pipe, accuracy) if accuracy else None for one, pipe in zip(
+    shares = [_prompt_accuracy(one, pipe, accuracy, judge) if accuracy else None for one, pipe in zip(
         (original, quantized), both, strict=True)]  # fmt: skip
     variants = [
         Variant(
@@ -300,24 +305,25 @@ def _weight_bytes(transformer: nn.Module) -> int:
 
 
 def _prompt_accuracy(
-    checkpoint: Checkpoint, pipeline: PhysFormerPipeline, count: int
+    checkpoint: Checkpoint, pipeline: PhysFormerPipeline, count: int, judge: Judge | None
 ) -> tuple[float, float, float, float]:
     """Top-1 with its interval, and top-5, of prompts of single subjects at 256x256 pixels."""
+    from physformer_core.evaluation.classifier import load_classifier
     from physformer_core.evaluation.features import load_extractor
-    from physformer_core.evaluation.gallery import load_gallery
     from physformer_core.evaluation.pictures import draw_requests
     from physformer_core.evaluation.prompt_accuracy import Judge, judge_all, single_report
     from physformer_core.evaluation.prompt_cases import single_cases
 
-    extractor = load_extractor("efficientnet", None, pipeline.device)
-    gallery = load_gallery(extractor)
+    if judge is None:
+        extractor = load_extractor("efficientnet", None, pipeline.device)
+        judge = Judge(extractor, load_classifier(extractor))
     cases = single_cases(count, 0, aspect=1.0)
     requests = [
         PictureRequest(prompt=case.prompt, seed=0, index=index, width=256, height=256)
         for index, case in enumerate(cases)
     ]
-    judged = judge_all(cases, draw_requests(checkpoint, pipeline, requests), Judge(extractor, gallery, None))
-    report = single_report(judged, gallery.concepts)
+    judged = judge_all(cases, draw_requests(checkpoint, pipeline, requests), judge)
+    report = single_report(judged, judge.concepts)
     top1 = report["top1"]
     return top1["value"], top1["low"], top1["high"], report["top5"]["value"]
 

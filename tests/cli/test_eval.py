@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import physformer_core.evaluation.classifier as classifier
 import physformer_core.evaluation.features as features
 from physformer_cli import console, main
 from physformer_core.checkpoints import find_checkpoint
@@ -44,7 +45,11 @@ def in_an_empty_folder(tmp_path, tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def tiny_features(monkeypatch):
+    """And a judge that is fitted to two small views of each concept, in seconds instead of minutes."""
     monkeypatch.setattr(features, "load_extractor", lambda *_: TinyExtractor())
+    monkeypatch.setattr(classifier, "VIEWS", ("single", "caged"))
+    monkeypatch.setattr(classifier, "SIDES", (32,))
+    monkeypatch.setattr(classifier, "_MAX_STEPS", 40)
 
 
 @pytest.fixture
@@ -191,7 +196,7 @@ def test_prompts(physformer, tiny_features, tiny_checkpoint):
     assert code == 1 and "--contact-sheet is a PNG file, not 'sheet.jpg'" in err
     Path("taken").write_text("no folder")
     code, _, err = physformer(*arguments, "-o", "taken/prompts.json")
-    assert code == 1 and "cannot write taken" in err and "renders" not in err, err
+    assert code == 1 and "cannot write taken" in err and "judge" not in err, err
     code, out, err = physformer(*arguments, "--json", "--contact-sheet", "sheet.png", "-o", "prompts.json")
     assert code == 0, err
     shown = json.loads(out)
@@ -204,6 +209,7 @@ def test_prompts(physformer, tiny_features, tiny_checkpoint):
         assert one["ceiling"]["top5"] >= one["ceiling"]["top1"] and one["floor"]["top5"] is not None
     assert shown["recipe"]["generated"]["sha256"] == find_checkpoint(tiny_checkpoint).sha256
     assert shown["recipe"]["generated"]["captions_sha256"] and shown["recipe"]["extractor"]["name"] == "tiny"
+    assert len(shown["recipe"]["classifier"]) == 64
     assert Image.open("sheet.png").width > 160 and json.loads(Path("prompts.json").read_text()) == shown
     run = Project.load("physformer.toml").runs[-1]
     assert {output.path for output in run.outputs} == {"sheet.png", "prompts.json"} and "single" in run.config

@@ -24,3 +24,13 @@ class TinyExtractor(FeatureExtractor):
 @pytest.fixture(scope="session")
 def tiny_extractor():
     return TinyExtractor()
+
+
+@pytest.fixture
+def few_views(monkeypatch):
+    """A classifier that is fitted to a view of each kind, small: seconds instead of minutes."""
+    from physformer_core.evaluation import classifier
+
+    monkeypatch.setattr(classifier, "VIEWS", ("single", "setting", "caged", "pair"))
+    monkeypatch.setattr(classifier, "SIDES", (32, 48))
+    monkeypatch.setattr(classifier, "_MAX_STEPS", 40)

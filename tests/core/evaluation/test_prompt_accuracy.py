@@ -3,11 +3,8 @@
 import numpy as np
 import pytest
 
-from physformer_core.data.scenes import compose_scene, concept_named, render_svg
-from physformer_core.errors import OutputError
-from physformer_core.evaluation import gallery as gallery_module
-from physformer_core.evaluation.features import load_extractor
-from physformer_core.evaluation.gallery import load_gallery
+from physformer_core.data.scenes import render_svg
+from physformer_core.evaluation.classifier import load_classifier
 from physformer_core.evaluation.prompt_accuracy import (
     Judge,
     Share,
@@ -26,53 +23,12 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def galleries(tiny_extractor):
-    return load_gallery(tiny_extractor), load_gallery(tiny_extractor, caged=True)
+def judge(tiny_extractor, few_views):
+    return Judge(tiny_extractor, load_classifier(tiny_extractor))
 
 
-@pytest.fixture
-def judge(tiny_extractor, galleries):
-    return Judge(tiny_extractor, *galleries)
-
-
-def test_the_gallery_is_kept_under_a_key_of_all_it_depends_on(tiny_extractor, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    some = [concept_named(name) for name in ("cat", "car", "tree")]
-    told = []
-    first = load_gallery(tiny_extractor, concepts=some, progress=lambda *done: told.append(done))
-    assert told[-1] == (9, 9) and np.linalg.norm(first.vectors_cd, axis=1) == pytest.approx(np.ones(3))
-    again = load_gallery(tiny_extractor, concepts=some, progress=lambda *_: pytest.fail("made again"))
-    np.testing.assert_array_equal(first.vectors_cd, again.vectors_cd)
-    other = load_gallery(tiny_extractor, concepts=some, caged=True)
-    assert other.key != first.key and first.key == again.key and len(list((tmp_path / "physformer").iterdir())) == 2
-    (damaged,) = (tmp_path / "physformer").glob(f"gallery-{first.key[:32]}.npy")
-    damaged.write_bytes(b"half")
-    np.testing.assert_array_equal(load_gallery(tiny_extractor, concepts=some).vectors_cd, first.vectors_cd)
-
-
-def test_a_cache_that_cannot_be_written_is_told(tiny_extractor, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "read-only"))
-
-    def refuse(path):
-        raise OutputError(f"cannot write {path}")
-
-    monkeypatch.setattr(gallery_module, "atomic_write", refuse)
-    told = []
-    found = load_gallery(tiny_extractor, concepts=[concept_named("cat")], notify=told.append)
-    assert found.vectors_cd.shape == (1, 192) and "could not be kept" in told[0]
-
-
-def test_efficientnet_names_real_scenes():
-    names = ("cat", "car", "tree", "house", "apple", "dragon")
-    extractor = load_extractor("efficientnet")
-    found = load_gallery(extractor, concepts=[concept_named(name) for name in names])
-    scenes = [compose_scene(9, number, aspect=1.0, kind="setting", concept=name) for number, name in enumerate(names)]
-    scores = found.scores(extractor.extract([render_svg(scene.svg, 128, 128) for scene in scenes]))
-    assert [names[row] for row in scores.argmax(1)] == list(names) == [names[found.index(name)] for name in names]
-
-
-def test_real_scenes_reach_the_ceiling_and_noise_the_floor(judge, galleries):
-    concepts = galleries[0].concepts
+def test_real_scenes_reach_the_ceiling_and_noise_the_floor(judge):
+    concepts = judge.concepts
     cases = [case for case in single_cases(60, 3, aspect=1.0) if case.kind == "plain"]
     real = [(number, render_svg(case.scene.svg, 48, 48)) for number, case in enumerate(cases)]
     judged = judge_all(cases, iter(real), judge)
@@ -87,18 +43,18 @@ def test_real_scenes_reach_the_ceiling_and_noise_the_floor(judge, galleries):
     assert report["top5"]["value"] < 0.1 and report["ceiling"]["top5"] > 0.2
 
 
-def test_the_floor_is_what_shuffling_gives_on_average(judge, galleries):
+def test_the_floor_is_what_shuffling_gives_on_average(judge):
     cases = [case for case in single_cases(24, 4, aspect=1.0) if case.kind == "plain"]
     judged = judge_all(cases, iter([(n, render_svg(case.scene.svg, 32, 32)) for n, case in enumerate(cases)]), judge)
     hits = [
         [np.sum(one.drawn.scores > one.drawn.scores[other.case.subject]) < 5 for other in judged if other is not one]
         for one in judged
     ]
-    assert single_report(judged, galleries[0].concepts)["floor"]["top5"] == pytest.approx(np.mean(hits))
+    assert single_report(judged, judge.concepts)["floor"]["top5"] == pytest.approx(np.mean(hits))
 
 
 @pytest.mark.parametrize("aspect", [1.0, 16 / 9])
-def test_relations(judge, galleries, aspect):
+def test_relations(judge, aspect):
     cases = relation_cases(14, 1, aspect=aspect)
     height, width = (64, 64) if aspect == 1 else (54, 96)
     real = [(number, render_svg(case.scene.svg, width, height)) for number, case in enumerate(cases)]
@@ -110,8 +66,8 @@ def test_relations(judge, galleries, aspect):
     assert relation_report(judge_all(cases, iter(blank), judge))["top1"]["value"] == 0
 
 
-def test_the_table_and_the_sheet(judge, galleries):
-    concepts = galleries[0].concepts
+def test_the_table_and_the_sheet(judge):
+    concepts = judge.concepts
     cases = [*single_cases(3, 0, aspect=1.0), *relation_cases(2, 0, aspect=1.0)]
     pictures = [(number, render_svg(case.scene.svg, 200, 120)) for number, case in enumerate(cases)]
     judged = judge_all(cases, reversed(pictures), judge)
