@@ -33,8 +33,9 @@ from physformer_core.files import atomic_write, cache_folder
 CLASSIFIER_SEED = 71_000_011
 """Collection of the scenes that are learnt from; no training set should use it."""
 
-VIEWS = ("single", "setting", "pair", "caged", "pair", "setting", "single", "pair", "caged", "pair")
-"""Scenes of each concept. Those of pairs show what the composer picks, each thing once as a rule."""
+VIEWS = (*["single"] * 2, *["setting"] * 2, *["pair"] * 2, *["caged"] * 8)
+"""Scenes of each concept; what pairs show the composer picks. Cages hide much, so many of them are seen: with four 77 %
+of 100 real cages were told at once, with eight 91 %. Two scenes of pairs are as good as four."""
 
 SIDES = (256, 720)
 """Pixels along a side of the scenes, by turns."""
@@ -44,7 +45,7 @@ WINDOW_SIDES = (0.5, 0.58, 0.67)
 
 _OFF_CENTRE = 0.06
 _BLUR, _NOISE = (0.5, 1.5), (0.0, 6.0)  # in pixels of a picture of 256, in steps of 255
-_SCALE, _WEIGHT_DECAY, _MAX_STEPS = 10.0, 1e-4, 300
+_SCALE, _WEIGHT_DECAY, _MAX_STEPS = 10.0, 1e-4, 150
 _BATCH = 16
 _CACHE_FORMAT = "physformer-classifier/1"
 
@@ -172,16 +173,17 @@ def _drawn_ahead(concepts: Sequence[Concept], jobs: Sequence[tuple[int, int]]) -
 def _windows(concepts: Sequence[Concept], rows: Mapping[str, int], row: int, number: int) -> list[_Window]:
     """What to learn from a scene: the whole of it where it shows one thing, else a window around each."""
     view, pairs = VIEWS[number], [relation for relation in RELATIONS if relation != "in"]
+    turn = row + VIEWS[:number].count(view)
     random = np.random.default_rng([CLASSIFIER_SEED, row, number])
     options: dict[str, Any] = {"concept": concepts[row].name}
     if view == "pair":  # the composer picks both, as not everything goes with everything
-        options = {"relation": pairs[(VIEWS[:number].count("pair") + row) % len(pairs)]}
+        options = {"relation": pairs[turn % len(pairs)]}
     elif view == "caged":
         options["relation"] = "in"
     else:
         options["kind"] = view
     scene = compose_scene(CLASSIFIER_SEED, len(VIEWS) * row + number, aspect=1.0, **options)
-    side = SIDES[(row + number) % len(SIDES)]
+    side = SIDES[turn % len(SIDES)]
     picture = render_svg(scene.svg, side, side)
     if view != "pair":
         found = [(picture, row)]
