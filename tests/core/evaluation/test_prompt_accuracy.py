@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from physformer_core.data.scenes import render_svg
-from physformer_core.evaluation.classifier import load_classifier
+from physformer_core.data.scenes import load_concepts, render_svg
+from physformer_core.evaluation.classifier import ConceptClassifier, load_classifier
 from physformer_core.evaluation.prompt_accuracy import (
     Judge,
     Share,
@@ -83,3 +83,17 @@ def test_shares_have_wilsons_interval():
     assert (share.value, share.count) == (0.8, 10)
     assert (share.low, share.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert Share.of([True] * 5).high == 1 and Share.of([False]).low == 0
+
+
+@pytest.mark.parametrize(("caged", "same"), [(True, True), (False, True), (True, False)])
+def test_in_a_cage_takes_the_thing_and_the_cage(tiny_extractor, caged, same):
+    concepts = load_concepts()
+    (case,) = relation_cases(1, 0, aspect=1.0)
+    shown = case.subject if same else (case.subject + 1) % len(concepts)
+    weights = np.zeros((len(concepts) + 1, 193), np.float32)  # biases alone: every picture shows the same
+    weights[shown, -1], weights[-1, -1] = 5, 5 if caged else -5
+    judgement = Judge(tiny_extractor, ConceptClassifier(concepts, weights, "")).judge(
+        case, np.zeros((8, 8, 3), np.uint8)
+    )
+    assert case.kind == "in" and (judgement.rank == 0) == judgement.both[0] == (caged and same)
+    assert judgement.guess == concepts[shown].name + (" in a cage" if caged else "")
