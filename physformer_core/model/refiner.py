@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from physformer_core.model.native import convolutions
 from physformer_core.model.native import ops as native
 
 
@@ -45,7 +46,7 @@ class PhysFormerRefinerBlock(nn.Module):
         shift, scale = self.modulation(temb).chunk(2, dim=1)
         if (weights := self._plain_weights(field)) is not None and native.takes(field, scale, shift, *weights):
             weight, bias, weight2, bias2 = weights
-            return native.modulated_convolutions(field, scale, shift, (weight, weight2), (bias, bias2))
+            return convolutions.modulated_convolutions(field, scale, shift, (weight, weight2), (bias, bias2))
         inner = self.conv1(activated(field, scale, shift))
         return field + self.conv2(activated(inner))
 
@@ -55,7 +56,7 @@ class PhysFormerRefinerBlock(nn.Module):
         if any(type(conv) is not nn.Conv2d for conv in convs):
             return None
         weights = tuple(one for conv in convs for one in (conv.weight, conv.bias) if one is not None)
-        return weights if len(weights) == 4 and native.convolves(field, *weights[::2]) else None
+        return weights if len(weights) == 4 and convolutions.convolves(field, *weights[::2]) else None
 
 
 class PhysFormerRefiner(nn.Module):
@@ -93,6 +94,15 @@ class PhysFormerRefiner(nn.Module):
         pixels = F.conv2d(half, weight, bias).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))
         return pixels.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
+    def halved(self, fine: Tensor) -> Tensor:
+        """``down(activated(fine))``."""
+        down = self.down
+        if type(down) is not nn.Conv2d or down.bias is None or not convolutions.halves(fine, down.weight):
+            return down(activated(fine))
+        if not native.takes(fine, down.weight, down.bias):
+            return down(activated(fine))
+        return convolutions.halving_convolution(fine, down.weight, down.bias)
+
     def forward(self, sample: Tensor, noisy: Tensor, tokens: Tensor, temb: Tensor) -> Tensor:
         """The corrected sample [B, C, H, W] in float32.
 
@@ -107,6 +117,6 @@ class PhysFormerRefiner(nn.Module):
         # Channels last: convolutions of few channels take two thirds of the time on CPUs.
         fine = self.enter(seen.contiguous(memory_format=torch.channels_last))
         told = F.pixel_shuffle(self.tokens(tokens.to(dtype)).permute(0, 3, 1, 2), self.half_patch)
-        half = self.inner(self.down(activated(fine)) + told, temb)
+        half = self.inner(self.halved(fine) + told, temb)
         fine = self.outer(fine + self.doubled(activated(half)), temb)
         return sample + self.leave(activated(fine)).float()

@@ -49,6 +49,8 @@ _ARGUMENTS = {
     "images_in_a_part": (),
     "activated_convolution": (*(_P,) * 7, _L, *(_I,) * 5),
     "activated_convolution_back": (*(_P,) * 12, _L, *(_I,) * 5),
+    "halving_convolution": (*(_P,) * 4, _L, *(_I,) * 5),
+    "halving_convolution_back": (*(_P,) * 7, _L, *(_I,) * 5),
     "area_average": (_P, _L, _I, _I, *(_I, _P, _P, _P, _I) * 2, _P),
     "window_attention": (*(_P,) * 10, _L, *(_I,) * 11),
     "window_attention_back": (*(_P,) * 18, _L, *(_I,) * 11),

@@ -241,6 +241,17 @@ static inline void pixels_of_tile(const float *parts, int64_t size, vec pixels[4
     pixels[2] = down[0] + down[1] + down[2], pixels[3] = down[1] - down[2] - down[3];
 }
 
+/* The sums of all parts, in order, to the first. */
+static void add_parts(float *sums, int64_t parts, int64_t size, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t from = 0; from < size; from += 16) {
+        int64_t to = from + 16 < size ? from + 16 : size;
+        for (int64_t part = 1; part < parts; part++) {
+            for (int64_t i = from; i < to; i++) sums[i] += sums[part * size + i];
+        }
+    }
+}
+
 /* out = silu(field * (1 + scale) + shift) * weight + bias + added; scale and shift, and added, may be NULL. */
 void activated_convolution(const float *field, const float *scale, const float *shift, const float *weight,
                            const float *bias, const float *added, float *out, int64_t batch, int height, int width,
@@ -362,13 +373,106 @@ void activated_convolution_back(const float *grad, const float *field, const flo
             }
         }
     }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t from = 0; from < size; from += 16) {
-        int64_t to = from + 16 < size ? from + 16 : size;
-        for (int64_t part = 1; part < parts; part++) {
-            for (int64_t i = from; i < to; i++) sums[i] += sums[part * size + i];
-        }
-    }
+    add_parts(sums, parts, size, threads);
     weight_of_parts(sums, of_weight, in, channels);
     memcpy(of_bias, sums + size - channels, channels * sizeof(float));
+}
+
+/* Rows of a result of half the size that are worked on at once. */
+static inline int rows_of_half(int height, int width) { return at_most(height / 2, at_least(1, STRIP / (width / 2))); }
+
+/* out [height / 2, width / 2] = silu(field) * weight [channels, in, 4, 4] + bias, in steps of 2 pixels with a margin of 1. Four
+ * taps of a row lie together in memory, so that it is four products of matrices whose rows overlap. */
+void halving_convolution(const float *field, const float *weight, const float *bias, float *out, int64_t batch,
+                         int height, int width, int in, int channels, int threads) {
+    int most = rows_of_half(height, width), units = (height / 2 + most - 1) / most, tall = height / 2, wide = width / 2;
+    int64_t line = (int64_t)(width + 2) * in, tap = (int64_t)4 * in * channels;
+    float taps[4 * tap];
+    for (int o = 0; o < channels; o++) {
+        for (int i = 0; i < in; i++) {
+            for (int t = 0; t < 16; t++) taps[t / 4 * tap + (t % 4 * in + i) * channels + o] = weight[(o * in + i) * 16 + t];
+        }
+    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t unit = 0; unit < batch * units; unit++) {
+        float pixels[(2 * most + 2) * line];
+        int64_t image = unit / units;
+        int top = unit % units * most, bottom = at_most(top + most, tall);
+        picture from = {field + image * height * width * in, NULL, NULL, height, width, in};
+        gather(&from, pixels, 2 * top - 1, 2 * bottom + 1, -1, width + 1);
+        for (int y = top; y < bottom; y++) {
+            float *to = out + (image * tall + y) * wide * channels;
+            for (int x = 0; x < wide; x++) memcpy(to + x * channels, bias, channels * sizeof(float));
+            for (int t = 0; t < 4; t++) {
+                product(pixels + (2 * (y - top) + t) * line, 2 * in, 1, taps + t * tap, to, wide, 4 * in, channels, 1);
+            }
+        }
+    }
+}
+
+/* Its gradients. A pixel is seen by two taps a row and a column, which ones depends on whether it is even or odd: 2x2
+ * neighbours of the gradient make one of the four kinds. `sums` [parts, 16 * in * channels + channels] is worked in. */
+void halving_convolution_back(const float *grad, const float *field, const float *weight, float *sums, float *of_field,
+                              float *of_weight, float *of_bias, int64_t batch, int height, int width, int in,
+                              int channels, int threads) {
+    int most = rows_of_half(height, width), tall = height / 2, wide = width / 2;
+    int64_t line = (int64_t)(width + 2) * in, back_line = (int64_t)(wide + 2) * channels, tap = (int64_t)4 * in * channels;
+    int64_t parts = (batch + IMAGES - 1) / IMAGES, size = 4 * tap + channels, kind = (int64_t)2 * channels * in;
+    static const int seen[2][2] = {{3, 1}, {2, 0}}; /* taps of an even and an odd pixel, by neighbours */
+    float taps[8 * kind];
+    for (int k = 0; k < 16; k++) {
+        int row = seen[k >> 3][k >> 1 & 1], column = seen[k >> 2 & 1][k & 1];
+        for (int o = 0; o < channels; o++) {
+            for (int i = 0; i < in; i++) {
+                taps[(k >> 1) * kind + ((k & 1) * channels + o) * in + i] = weight[(o * in + i) * 16 + 4 * row + column];
+            }
+        }
+    }
+#pragma omp parallel for schedule(static, IMAGES) num_threads(threads)
+    for (int64_t image = 0; image < batch; image++) {
+        float pixels[(2 * most + 2) * line], back_pixels[(most + 2) * back_line], made[wide * in];
+        float *sum = sums + image / IMAGES * size, *plain = sum + 4 * tap, *to = of_field + image * height * width * in;
+        picture from = {field + image * height * width * in, NULL, NULL, height, width, in};
+        picture back = {grad + image * tall * wide * channels, &nothing, NULL, tall, wide, channels};
+        if (image % IMAGES == 0) memset(sum, 0, size * sizeof(float));
+        for (int top = 0; top < tall; top += most) {
+            int bottom = at_most(top + most, tall);
+            gather(&from, pixels, 2 * top - 1, 2 * bottom + 1, -1, width + 1);
+            gather(&back, back_pixels, top - 1, bottom + 1, -1, wide + 1);
+            for (int y = top; y < bottom; y++) {
+                const float *row = back_pixels + (y - top + 1) * back_line;
+                for (int t = 0; t < 4; t++) {
+                    product(pixels + (2 * (y - top) + t) * line, 1, 2 * in, row + channels, sum + t * tap, 4 * in, wide,
+                            channels, 1);
+                }
+                for (int x = 1; x <= wide; x++) {
+                    for (int c = 0; c < channels; c++) plain[c] += row[x * channels + c];
+                }
+                for (int k = 0; k < 4; k++) {
+                    int odd_row = k >> 1, odd_column = k & 1;
+                    const float *near = row + (odd_row - 1) * back_line + odd_column * channels;
+                    product(near, channels, 1, taps + 2 * k * kind, made, wide, 2 * channels, in, 0);
+                    product(near + back_line, channels, 1, taps + (2 * k + 1) * kind, made, wide, 2 * channels, in, 1);
+                    int64_t place = ((int64_t)(2 * y + odd_row) * width + odd_column) * in;
+                    for (int x = 0; x < wide; x++, place += 2 * in) {
+                        for (int c = 0; c < in; c += LANES) {
+                            vec value = load(from.field + place + c);
+                            vec share = 1.0f / (all(1.0f) + exponential(-value));
+                            vec into = load(made + x * in + c) * share * (1.0f + value * (1.0f - share));
+                            store(to + place + c, into);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    add_parts(sums, parts, size, threads);
+    for (int o = 0; o < channels; o++) {
+        for (int i = 0; i < in; i++) {
+            for (int t = 0; t < 16; t++) {
+                of_weight[(o * in + i) * 16 + t] = sums[t / 4 * tap + (t % 4 * in + i) * channels + o];
+            }
+        }
+    }
+    memcpy(of_bias, sums + 4 * tap, channels * sizeof(float));
 }

@@ -14,9 +14,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 from physformer_core.model.geometry import FAR, GEOMETRY_DIM, BlockGrid
 from physformer_core.native.build import Unavailable, load_library
 
-_MOST_CHANNELS = 64
-"""Of convolutions: what they work in lies on threads' stacks."""
-
 
 @functools.cache
 def why_not() -> str | None:
@@ -50,7 +47,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return kind and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
-def _checked(tensor: Tensor, *shape: int) -> Tensor:
+def checked(tensor: Tensor, *shape: int) -> Tensor:
     """The tensor, laid out as C reads it; sides of 1 become as long as they are wanted.
 
     Raises:
@@ -83,8 +80,8 @@ def norm_modulate(hidden_states: Tensor, scale: Tensor, shift: Tensor, epsilon: 
         epsilon: Added to the mean square.
     """
     batch, tokens, dim = hidden_states.shape
-    h = _checked(hidden_states, batch, tokens, dim)
-    return _NormModulate.apply(h, _checked(scale, batch, 1, dim), _checked(shift, batch, 1, dim), epsilon)
+    h = checked(hidden_states, batch, tokens, dim)
+    return _NormModulate.apply(h, checked(scale, batch, 1, dim), checked(shift, batch, 1, dim), epsilon)
 
 
 def renormalized_update(hidden_states: Tensor, output: Tensor, gate: Tensor, tiny: float, opposed: float) -> Tensor:
@@ -97,8 +94,8 @@ def renormalized_update(hidden_states: Tensor, output: Tensor, gate: Tensor, tin
         opposed: Share of its energy below which what the sum has left points nowhere, so that it stays.
     """
     batch, tokens, dim = hidden_states.shape
-    h, output = (_checked(t, batch, tokens, dim) for t in (hidden_states, output))
-    return _RenormalizedUpdate.apply(h, output, _checked(gate, batch, 1, dim), tiny, opposed)
+    h, output = (checked(t, batch, tokens, dim) for t in (hidden_states, output))
+    return _RenormalizedUpdate.apply(h, output, checked(gate, batch, 1, dim), tiny, opposed)
 
 
 def norm_rotate(content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
@@ -113,8 +110,8 @@ def norm_rotate(content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, epsilon
     batch, tokens, heads, dim = content.shape
     if 2 * cos.shape[-1] > dim:
         raise ValueError(f"{cos.shape[-1]} pairs cannot turn in {dim} dimensions")
-    content, gain = _checked(content, batch, tokens, heads, dim), _checked(gain, dim)
-    cos, sin = (_checked(t, 1, tokens, 1, cos.shape[-1]) for t in (cos, sin))
+    content, gain = checked(content, batch, tokens, heads, dim), checked(gain, dim)
+    cos, sin = (checked(t, 1, tokens, 1, cos.shape[-1]) for t in (cos, sin))
     return _NormRotate.apply(content, gain, cos, sin, epsilon)
 
 
@@ -127,7 +124,7 @@ def rms_norm(content: Tensor, gain: Tensor, epsilon: float) -> Tensor:
 
 def gated_linear(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of [..., 2 * hidden] -> [..., hidden]."""
-    return _GatedLinear.apply(_checked(gate_up, *gate_up.shape))
+    return _GatedLinear.apply(checked(gate_up, *gate_up.shape))
 
 
 def modulated_silu(field: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
@@ -141,46 +138,11 @@ def modulated_silu(field: Tensor, scale: Tensor | None = None, shift: Tensor | N
         [B, C, H, W], whose channels lie together in memory.
     """
     batch, channels, height, width = field.shape
-    pixels = _checked(field.permute(0, 2, 3, 1), batch, height, width, channels)
+    pixels = checked(field.permute(0, 2, 3, 1), batch, height, width, channels)
     if scale is None or shift is None:
         return _ModulatedSilu.apply(pixels, None, None).permute(0, 3, 1, 2)
-    scale, shift = (_checked(t.unsqueeze(1), batch, 1, channels) for t in (scale, shift))
+    scale, shift = (checked(t.unsqueeze(1), batch, 1, channels) for t in (scale, shift))
     return _ModulatedSilu.apply(pixels, scale, shift).permute(0, 3, 1, 2)
-
-
-def convolves(field: Tensor, *weights: Tensor) -> bool:
-    """Whether `modulated_convolutions` takes these: taps of 3x3 that keep the channels, which are some sixteens; even
-    sides."""
-    channels, height, width = field.shape[1:]
-    fits = channels % 16 == 0 and channels <= _MOST_CHANNELS and height % 2 == 0 and width % 2 == 0
-    return fits and all(weight.shape == (channels, channels, 3, 3) for weight in weights)
-
-
-def modulated_convolutions(
-    field: Tensor, scale: Tensor, shift: Tensor, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor]
-) -> Tensor:
-    """``field + conv(silu(conv(silu(field * (1 + scale) + shift))))`` of convolutions with a margin of a pixel.
-
-    Args:
-        field: [B, C, H, W]; it is copied unless its channels lie together in memory.
-        scale, shift: [B, C].
-        weights, biases: Of both, [C, C, 3, 3] and [C].
-
-    Returns:
-        [B, C, H, W], whose channels lie together in memory.
-
-    Raises:
-        ValueError: Not what `convolves` takes.
-    """
-    if not convolves(field, *weights):
-        shapes = ", ".join(str(tuple(weight.shape)) for weight in weights)
-        raise ValueError(f"no convolutions in C of {tuple(field.shape)} by {shapes}")
-    batch, channels, height, width = field.shape
-    pixels = _checked(field.permute(0, 2, 3, 1), batch, height, width, channels)
-    scale, shift = (_checked(t, batch, channels) for t in (scale, shift))
-    one, other = (_checked(t, *t.shape) for t in weights)
-    of_one, of_other = (_checked(t, channels) for t in biases)
-    return _ModulatedConvolutions.apply(pixels, scale, shift, one, of_one, other, of_other).permute(0, 3, 1, 2)
 
 
 def window_attention(
@@ -219,10 +181,10 @@ def window_attention(
     text = 0 if text_key is None else text_key.shape[2]
     if text_key is None or text_value is None:
         text_key = text_value = value.new_empty(batch, heads, 0, dim)
-    query, key = (_checked(t, batch, tokens, heads, content) for t in (query, key))
-    text_key, text_value = (_checked(t, batch, heads, text, dim) for t in (text_key, text_value))
-    kernel = _checked(drift_hc, heads, 2), _checked(sigma_h, heads)
-    value = _checked(value, batch, tokens, heads, dim)
+    query, key = (checked(t, batch, tokens, heads, content) for t in (query, key))
+    text_key, text_value = (checked(t, batch, heads, text, dim) for t in (text_key, text_value))
+    kernel = checked(drift_hc, heads, 2), checked(sigma_h, heads)
+    value = checked(value, batch, tokens, heads, dim)
     return _WindowAttention.apply(query, key, value, text_key, text_value, *kernel, grid)
 
 
@@ -237,7 +199,7 @@ def text_attention(qkv: Tensor, starts: Tensor) -> Tensor:
         [R, heads * dim].
     """
     starts = _checked_starts(starts, qkv.shape[0])
-    return _TextAttention.apply(_checked(qkv, *qkv.shape), starts).flatten(1)
+    return _TextAttention.apply(checked(qkv, *qkv.shape), starts).flatten(1)
 
 
 def text_keys(
@@ -261,18 +223,18 @@ def text_keys(
     """
     rows, heads, still = content.shape
     content, gain, starts = (
-        _checked(content, rows, heads, still),
-        _checked(gain, still),
+        checked(content, rows, heads, still),
+        checked(gain, still),
         _checked_starts(starts, rows, longest),
     )
-    return _TextKeys.apply(content, gain, _checked(altitude_h, heads), starts, longest, turning, epsilon)
+    return _TextKeys.apply(content, gain, checked(altitude_h, heads), starts, longest, turning, epsilon)
 
 
 def text_values(value: Tensor, starts: Tensor, longest: int) -> Tensor:
     """The values of `model.attention.TextKeyValue`: [R, heads, dim] -> [B, heads, T, dim], zero where there is padding;
     ``starts`` and ``longest`` as in `text_keys`."""
     starts = _checked_starts(starts, value.shape[0], longest)
-    return _TextValues.apply(_checked(value, *value.shape), starts, longest)
+    return _TextValues.apply(checked(value, *value.shape), starts, longest)
 
 
 def orthogonalize(matrices: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
@@ -288,10 +250,10 @@ def orthogonalize(matrices: Tensor, steps: int, coefficients: tuple[float, float
     count, rows, columns = matrices.shape
     if steps < 1:
         raise ValueError(f"{steps} steps, and one is the least")
-    matrices, out = _checked(matrices.detach(), count, rows, columns), matrices.new_empty(matrices.shape)
-    threads = min(_threads(), count)
+    matrices, out = checked(matrices.detach(), count, rows, columns), matrices.new_empty(matrices.shape)
+    threads = min(thread_count(), count)
     scratch = matrices.new_empty(threads * load_library().orthogonalize_scratch(rows, columns))
-    pointers = _pointers(matrices, out, scratch)
+    pointers = addresses(matrices, out, scratch)
     load_library().orthogonalize(*pointers, count, rows, columns, steps, *coefficients, threads)
     return out
 
@@ -323,12 +285,12 @@ def muon_step(
             raise ValueError(f"a tensor of shape {tuple(tensor.shape)} that cannot be taken as {tuple(shape)}")
     if steps < 1 or not len(weights) == len(gradients) == len(momenta):
         raise ValueError(f"{steps} steps for {len(weights)}, {len(gradients)} and {len(momenta)} tensors")
-    threads = min(_threads(), len(weights))
+    threads = min(thread_count(), len(weights))
     scratch = momenta[0].new_empty(threads * load_library().orthogonalize_scratch(rows, columns))
     several = ctypes.c_void_p * len(weights)
-    lists = [several(*_pointers(*tensors)) for tensors in (weights, gradients, momenta)]
+    lists = [several(*addresses(*tensors)) for tensors in (weights, gradients, momenta)]
     sizes = len(weights), rows, columns, steps
-    load_library().muon_step(*lists, *_pointers(scratch), *sizes, *coefficients, 1 - momentum, keep, rate, threads)
+    load_library().muon_step(*lists, *addresses(scratch), *sizes, *coefficients, 1 - momentum, keep, rate, threads)
     torch.autograd.graph.increment_version([*weights, *momenta])
 
 
@@ -338,13 +300,13 @@ def attention_flops(pairs: int, heads: int, head_dim: int) -> int:
     return 2 * pairs * heads * (head_dim - GEOMETRY_DIM + 4 + head_dim)
 
 
-def _pointers(*tensors: Tensor | None) -> list[int]:
+def addresses(*tensors: Tensor | None) -> list[int]:
     """Addresses, good for as long as somebody else holds the tensors; 0 of what there is not."""
     assert all(t is None or t.is_contiguous() for t in tensors)
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def _threads() -> int:
+def thread_count() -> int:
     return torch.get_num_threads()
 
 
@@ -362,7 +324,7 @@ class _NormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
         out = torch.empty_like(h)
-        load_library().norm_modulate(*_pointers(h, scale, shift, out), *h.shape, epsilon, _threads())
+        load_library().norm_modulate(*addresses(h, scale, shift, out), *h.shape, epsilon, thread_count())
         ctx.save_for_backward(h, scale)
         ctx.epsilon = epsilon
         return out
@@ -373,8 +335,8 @@ class _NormModulate(torch.autograd.Function):
         h, scale = ctx.saved_tensors
         grad, of_h = grad.contiguous(), torch.empty_like(h)
         of_scale, of_shift = (h.new_empty(h.shape[0], _parts(h.shape[1]), h.shape[2]) for _ in range(2))
-        pointers = _pointers(grad, h, scale, of_h, of_scale, of_shift)
-        load_library().norm_modulate_back(*pointers, *h.shape, ctx.epsilon, _threads())
+        pointers = addresses(grad, h, scale, of_h, of_scale, of_shift)
+        load_library().norm_modulate_back(*pointers, *h.shape, ctx.epsilon, thread_count())
         return of_h, _added_up(of_scale), _added_up(of_shift), None
 
 
@@ -382,7 +344,7 @@ class _RenormalizedUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, output: Tensor, gate: Tensor, tiny: float, opposed: float) -> Tensor:
         out = torch.empty_like(h)
-        load_library().renormalized_update(*_pointers(h, output, gate, out), *h.shape, tiny, opposed, _threads())
+        load_library().renormalized_update(*addresses(h, output, gate, out), *h.shape, tiny, opposed, thread_count())
         ctx.save_for_backward(h, output, gate)
         ctx.limits = tiny, opposed
         return out
@@ -393,8 +355,8 @@ class _RenormalizedUpdate(torch.autograd.Function):
         h, output, gate = ctx.saved_tensors
         grad, of_h, of_output = grad.contiguous(), torch.empty_like(h), torch.empty_like(h)
         of_gate = h.new_empty(h.shape[0], _parts(h.shape[1]), h.shape[2])
-        pointers = _pointers(grad, h, output, gate, of_h, of_output, of_gate)
-        load_library().renormalized_update_back(*pointers, *h.shape, *ctx.limits, _threads())
+        pointers = addresses(grad, h, output, gate, of_h, of_output, of_gate)
+        load_library().renormalized_update_back(*pointers, *h.shape, *ctx.limits, thread_count())
         return of_h, of_output, _added_up(of_gate), None, None
 
 
@@ -402,8 +364,8 @@ class _NormRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, content: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
         out = torch.empty_like(content)
-        pointers = _pointers(content, gain, cos, sin, out)
-        load_library().norm_rotate(*pointers, *content.shape, 2 * cos.shape[-1], epsilon, _threads())
+        pointers = addresses(content, gain, cos, sin, out)
+        load_library().norm_rotate(*pointers, *content.shape, 2 * cos.shape[-1], epsilon, thread_count())
         ctx.save_for_backward(content, gain, cos, sin)
         ctx.epsilon = epsilon
         return out
@@ -414,8 +376,8 @@ class _NormRotate(torch.autograd.Function):
         content, gain, cos, sin = ctx.saved_tensors
         grad, of_content = grad.contiguous(), torch.empty_like(content)
         of_gain = gain.new_empty(_parts(content.shape[0] * content.shape[1]), gain.shape[0])
-        pointers = _pointers(grad, content, gain, cos, sin, of_content, of_gain)
-        load_library().norm_rotate_back(*pointers, *content.shape, 2 * cos.shape[-1], ctx.epsilon, _threads())
+        pointers = addresses(grad, content, gain, cos, sin, of_content, of_gain)
+        load_library().norm_rotate_back(*pointers, *content.shape, 2 * cos.shape[-1], ctx.epsilon, thread_count())
         return of_content, of_gain.sum(0), None, None, None
 
 
@@ -424,7 +386,7 @@ class _GatedLinear(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         hidden = gate_up.shape[-1] // 2
         out = gate_up.new_empty(*gate_up.shape[:-1], hidden)
-        load_library().gated_linear(*_pointers(gate_up, out), out.numel() // hidden, hidden, _threads())
+        load_library().gated_linear(*addresses(gate_up, out), out.numel() // hidden, hidden, thread_count())
         ctx.save_for_backward(gate_up)
         return out
 
@@ -433,8 +395,8 @@ class _GatedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (gate_up,) = ctx.saved_tensors
         grad, of_gate_up, hidden = grad.contiguous(), torch.empty_like(gate_up), gate_up.shape[-1] // 2
-        pointers = _pointers(grad, gate_up, of_gate_up)
-        load_library().gated_linear_back(*pointers, grad.numel() // hidden, hidden, _threads())
+        pointers = addresses(grad, gate_up, of_gate_up)
+        load_library().gated_linear_back(*pointers, grad.numel() // hidden, hidden, thread_count())
         return of_gate_up
 
 
@@ -443,7 +405,7 @@ class _ModulatedSilu(torch.autograd.Function):
     def forward(ctx: Any, pixels: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         batch, height, width, channels = pixels.shape
         out, ctx.sizes = torch.empty_like(pixels), (batch, height * width, channels)
-        load_library().modulated_silu(*_pointers(pixels, scale, shift, out), *ctx.sizes, _threads())
+        load_library().modulated_silu(*addresses(pixels, scale, shift, out), *ctx.sizes, thread_count())
         ctx.save_for_backward(pixels, scale, shift)
         return out
 
@@ -455,37 +417,9 @@ class _ModulatedSilu(torch.autograd.Function):
         grad, of_pixels, of_scale, of_shift = grad.contiguous(), torch.empty_like(pixels), None, None
         if scale is not None:
             of_scale, of_shift = (pixels.new_empty(batch, _parts(count), channels) for _ in range(2))
-        pointers = _pointers(grad, pixels, scale, shift, of_pixels, of_scale, of_shift)
-        load_library().modulated_silu_back(*pointers, *ctx.sizes, _threads())
+        pointers = addresses(grad, pixels, scale, shift, of_pixels, of_scale, of_shift)
+        load_library().modulated_silu_back(*pointers, *ctx.sizes, thread_count())
         return of_pixels, *(None if t is None else _added_up(t) for t in (of_scale, of_shift))
-
-
-class _ModulatedConvolutions(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pixels: Tensor, *given: Tensor) -> Tensor:
-        scale, shift, weight, bias, weight2, bias2 = given
-        inner, out = torch.empty_like(pixels), torch.empty_like(pixels)
-        sizes = *pixels.shape, pixels.shape[-1], _threads()
-        run = load_library().activated_convolution
-        run(*_pointers(pixels, scale, shift, weight, bias, None, inner), *sizes)
-        run(*_pointers(inner, None, None, weight2, bias2, pixels, out), *sizes)
-        ctx.save_for_backward(pixels, inner, scale, shift, weight, weight2)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        pixels, inner, scale, shift, weight, weight2 = ctx.saved_tensors
-        grad, channels = grad.contiguous(), pixels.shape[-1]
-        of_pixels, of_inner, of_scale, of_shift, of_weight, of_weight2 = map(torch.empty_like, ctx.saved_tensors)
-        of_bias, of_bias2 = (weight.new_empty(channels) for _ in range(2))
-        library, sizes = load_library(), (*pixels.shape, channels, _threads())
-        scratch = weight.new_empty(-(-len(pixels) // library.images_in_a_part()), (16 * channels + 1) * channels)
-        given = grad, inner, None, None, weight2, None, scratch, of_inner, None, None, of_weight2, of_bias2
-        library.activated_convolution_back(*_pointers(*given), *sizes)
-        given = of_inner, pixels, scale, shift, weight, grad, scratch, of_pixels, of_scale, of_shift, of_weight, of_bias
-        library.activated_convolution_back(*_pointers(*given), *sizes)
-        return of_pixels, of_scale, of_shift, of_weight, of_bias, of_weight2, of_bias2
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -495,7 +429,7 @@ class _WindowAttention(torch.autograd.Function):
         value = tensors[2]
         out, norm = torch.empty_like(value), value.new_empty(value.shape[:-1])
         sizes, scratch = _sizes(tensors, grid)
-        load_library().window_attention(*_pointers(*tensors, out, norm, scratch), *sizes)
+        load_library().window_attention(*addresses(*tensors, out, norm, scratch), *sizes)
         ctx.save_for_backward(*tensors, out, norm)
         ctx.grid = grid
         return out
@@ -510,7 +444,7 @@ class _WindowAttention(torch.autograd.Function):
         grads += [t.new_zeros(query.shape[0], *t.shape) for t in (drift_hc, sigma_h)]
         sizes, scratch = _sizes(tensors, ctx.grid)
         grad = grad.contiguous()  # a name of its own, so that it lives as long as the call
-        pointers = _pointers(grad, *tensors, out, norm, *grads, scratch)
+        pointers = addresses(grad, *tensors, out, norm, *grads, scratch)
         load_library().window_attention_back(*pointers, *sizes)
         return *grads[:5], grads[5].sum(0), grads[6].sum(0), None
 
@@ -520,8 +454,8 @@ class _TextAttention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, starts: Tensor) -> Tensor:
         rows, _, heads, dim = qkv.shape
         out, norm = qkv.new_empty(rows, heads, dim), qkv.new_empty(rows, heads)
-        ctx.sizes = starts.numel() - 1, heads, dim, dim**-0.5, _threads()
-        load_library().text_attention(*_pointers(qkv, starts, out, norm), *ctx.sizes)
+        ctx.sizes = starts.numel() - 1, heads, dim, dim**-0.5, thread_count()
+        load_library().text_attention(*addresses(qkv, starts, out, norm), *ctx.sizes)
         ctx.save_for_backward(qkv, starts, out, norm)
         return out
 
@@ -530,7 +464,7 @@ class _TextAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = ctx.saved_tensors
         grad, of_qkv = grad.contiguous(), torch.zeros_like(saved[0])
-        load_library().text_attention_back(*_pointers(grad, *saved, of_qkv), *ctx.sizes)
+        load_library().text_attention_back(*addresses(grad, *saved, of_qkv), *ctx.sizes)
         return of_qkv, None
 
 
@@ -550,8 +484,8 @@ class _TextKeys(torch.autograd.Function):
         ctx.sizes = starts.numel() - 1, heads, longest, turning, still, GEOMETRY_DIM
         ctx.epsilon = epsilon
         key = content.new_empty(*ctx.sizes[:3], turning + still + GEOMETRY_DIM)
-        pointers = _pointers(content, gain, altitude_h, starts, key)
-        load_library().text_keys(*pointers, *ctx.sizes, epsilon, -FAR, _threads())
+        pointers = addresses(content, gain, altitude_h, starts, key)
+        load_library().text_keys(*pointers, *ctx.sizes, epsilon, -FAR, thread_count())
         ctx.save_for_backward(content, gain, starts)
         return key
 
@@ -562,8 +496,8 @@ class _TextKeys(torch.autograd.Function):
         (batch, heads), still = ctx.sizes[:2], gain.shape[0]
         grad, of_content = grad.contiguous(), torch.empty_like(content)
         of_gain, of_altitude = content.new_empty(batch, still), content.new_empty(batch, heads)
-        pointers = _pointers(grad, content, gain, starts, of_content, of_gain, of_altitude)
-        load_library().text_keys_back(*pointers, *ctx.sizes, ctx.epsilon, _threads())
+        pointers = addresses(grad, content, gain, starts, of_content, of_gain, of_altitude)
+        load_library().text_keys_back(*pointers, *ctx.sizes, ctx.epsilon, thread_count())
         return of_content, of_gain.sum(0), of_altitude.sum(0), None, None, None, None
 
 
@@ -572,7 +506,7 @@ class _TextValues(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, starts: Tensor, longest: int) -> Tensor:
         ctx.rows, heads, dim = value.shape
         spread = value.new_empty(starts.numel() - 1, heads, longest, dim)
-        load_library().text_values(*_pointers(value, starts, spread), *spread.shape, 0, _threads())
+        load_library().text_values(*addresses(value, starts, spread), *spread.shape, 0, thread_count())
         ctx.save_for_backward(starts)
         return spread
 
@@ -582,13 +516,13 @@ class _TextValues(torch.autograd.Function):
         (starts,) = ctx.saved_tensors
         grad = grad.contiguous()
         of_value = grad.new_empty(ctx.rows, grad.shape[1], grad.shape[3])
-        load_library().text_values(*_pointers(of_value, starts, grad), *grad.shape, 1, _threads())
+        load_library().text_values(*addresses(of_value, starts, grad), *grad.shape, 1, thread_count())
         return of_value, None, None
 
 
 def _sizes(tensors: list[Tensor], grid: BlockGrid) -> tuple[tuple[int, ...], Tensor]:
     """The numbers that both directions of attention end with, and memory for their threads."""
     (batch, _, heads, content), dim, text = tensors[0].shape, tensors[2].shape[-1], tensors[3].shape[2]
-    threads, shape = _threads(), (content, dim, text, grid.block, grid.radius)
+    threads, shape = thread_count(), (content, dim, text, grid.block, grid.radius)
     scratch = torch.empty(threads * load_library().window_scratch(*shape), dtype=torch.uint8)
     return (batch, grid.height, grid.width, heads, *shape, *grid.lead, threads), scratch

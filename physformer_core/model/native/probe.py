@@ -18,7 +18,7 @@ from physformer_core.model.geometry import (
     same_window,
     window_coordinates,
 )
-from physformer_core.model.native import ops
+from physformer_core.model.native import convolutions, ops
 
 _TOLERANCE = 1e-4
 
@@ -185,9 +185,17 @@ def cases() -> list[Case]:
         ),
         Case(
             "modulated_convolutions",
-            lambda field, scale, shift, *rest: ops.modulated_convolutions(field, scale, shift, rest[:2], rest[2:]),
+            lambda field, scale, shift, *rest: convolutions.modulated_convolutions(
+                field, scale, shift, rest[:2], rest[2:]
+            ),
             convolved,
             (normal(5, 16, 4, 14), *normal(2, 5, 16), *normal(2, 16, 16, 3, 3) / 12, *normal(2, 16)),
+        ),
+        Case(
+            "halving_convolution",
+            convolutions.halving_convolution,
+            lambda field, weight, bias: F.conv2d(F.silu(field), weight, bias, stride=2, padding=1),
+            (normal(5, 16, 6, 14), normal(32, 16, 4, 4) / 16, normal(32)),
         ),
         Case(
             "text_attention",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from physformer_core.model.native import convolutions
 from physformer_core.model.native import ops as native
 from physformer_core.model.refiner import PhysFormerRefiner, activated
 from physformer_core.model.transformer import EncodedPrompt, PhysFormerTransformer2DModel
@@ -135,27 +136,32 @@ def test_kernels_in_c_convolve_both_blocks_and_change_nothing(monkeypatch: pytes
     for layer in refiner.zero_at_first():
         torch.nn.init.normal_(layer.weight, std=0.05)
     given = torch.randn(3, 3, 16, 24), torch.randn(3, 3, 16, 24), torch.randn(3, 2, 3, 24), torch.randn(3, 24)
-    kernel, widths = native.modulated_convolutions, []
+    kernel, halving, widths, halved = convolutions.modulated_convolutions, convolutions.halving_convolution, [], []
 
     def watched(field: Tensor, *rest: Any) -> Tensor:
         widths.append(field.shape[1:])
         return kernel(field, *rest)
 
+    def watched_too(field: Tensor, *rest: Tensor) -> Tensor:
+        halved.append(field.shape[1:])
+        return halving(field, *rest)
+
     def run() -> tuple[Tensor, ...]:
         result = refiner(*given)
         return result, *torch.autograd.grad(result.square().sum(), tuple(refiner.parameters()))
 
-    monkeypatch.setattr(native, "modulated_convolutions", watched)
+    monkeypatch.setattr(convolutions, "halving_convolution", watched_too)
+    monkeypatch.setattr(convolutions, "modulated_convolutions", watched)
     found = run()
-    assert widths == [(32, 8, 12), (16, 16, 24)]
+    assert widths == [(32, 8, 12), (16, 16, 24)] and halved == [(16, 16, 24)]
     with torch.autocast("cpu", torch.bfloat16):
         assert refiner(*given).isfinite().all()
     monkeypatch.setattr(native, "why_not", lambda: "left out by a test")
     wanted = run()
     monkeypatch.undo()
-    refiner.outer.conv1 = torch.nn.Sequential(refiner.outer.conv1)  # as an adapter around it
-    adapted = run()
-    assert len(widths) == 2
+    refiner.outer.conv1, refiner.down = (torch.nn.Sequential(one) for one in (refiner.outer.conv1, refiner.down))
+    adapted = run()  # as with adapters around them
+    assert len(widths) == 2 and len(halved) == 1
     for one, other, third in zip(found, wanted, adapted, strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
         assert (third - other).norm() <= 1e-5 * other.norm()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from physformer_core.model.geometry import BlockGrid
-from physformer_core.model.native import ops, probe
+from physformer_core.model.native import convolutions, ops, probe
 from physformer_core.model.updates import OPPOSED, TINY, renormalized_update
 from physformer_core.native import build
 from physformer_core.native.build import SWITCH, Unavailable, load_library
@@ -113,7 +113,7 @@ def test_fields_of_any_size_are_activated_and_no_field_is_copied(channels: int, 
         gradients = [torch.autograd.grad(result, inputs, given) for result in (found, wanted)]
         assert gradients[0][0].permute(0, 2, 3, 1).is_contiguous()
         torch.testing.assert_close(*gradients, rtol=2e-5, atol=2e-5)
-    assert ops._checked(field.permute(0, 2, 3, 1), 2, height, width, channels).data_ptr() == field.data_ptr()
+    assert ops.checked(field.permute(0, 2, 3, 1), 2, height, width, channels).data_ptr() == field.data_ptr()
 
 
 @needs_kernels
@@ -140,8 +140,25 @@ def test_convolutions_of_any_even_size_are_those_of_torch(channels: int, batch: 
         return field.double() + inner
 
     shift, scale = condition.chunk(2, 1)  # one for all pictures
-    found, wanted = ops.modulated_convolutions(field, scale, shift, weights, biases), written()
+    found, wanted = convolutions.modulated_convolutions(field, scale, shift, weights, biases), written()
     given, leaves = torch.randn(wanted.shape, generator=generator), (field, condition, *weights, *biases)
+    pairs = [torch.autograd.grad(result, leaves, given.to(result.dtype)) for result in (found, wanted)]
+    assert found.permute(0, 2, 3, 1).is_contiguous()
+    for one, other in ((found, wanted), *zip(*pairs, strict=True)):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@needs_kernels
+@pytest.mark.parametrize("channels, out", [(16, 32), (48, 16)])
+@pytest.mark.parametrize("batch, height, width", [(1, 2, 2), (3, 6, 8), (2, 62, 64), (5, 12, 10)])
+def test_halving_convolutions_are_those_of_torch(channels: int, out: int, batch: int, height: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    shapes = (batch, channels, height, width), (out, channels, 4, 4), (out,)
+    leaves = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    found = convolutions.halving_convolution(*leaves)
+    field, weight, bias = (leaf.double() for leaf in leaves)
+    wanted = torch.nn.functional.conv2d(torch.nn.functional.silu(field), weight, bias, stride=2, padding=1)
+    given = torch.randn(wanted.shape, generator=generator)
     pairs = [torch.autograd.grad(result, leaves, given.to(result.dtype)) for result in (found, wanted)]
     assert found.permute(0, 2, 3, 1).is_contiguous()
     for one, other in ((found, wanted), *zip(*pairs, strict=True)):
@@ -178,8 +195,17 @@ def test_other_shapes_and_types_are_refused() -> None:
     ):
         channels = torch.ones(1, field[1])
         weights = tuple(torch.ones(field[1], field[1], *taps) for _ in range(2))
-        with pytest.raises(ValueError, match="no convolutions in C"):
-            ops.modulated_convolutions(torch.ones(field), channels, channels, weights, (channels[0], channels[0]))
+        with pytest.raises(ValueError, match="no convolution in C"):
+            convolutions.modulated_convolutions(
+                torch.ones(field), channels, channels, weights, (channels[0], channels[0])
+            )
+    for field, shape in (
+        ((1, 16, 4, 5), (32, 16, 4, 4)),
+        ((1, 16, 4, 4), (24, 16, 4, 4)),
+        ((1, 16, 4, 4), (16, 32, 4, 4)),
+    ):
+        with pytest.raises(ValueError, match="no convolution in C"):
+            convolutions.halving_convolution(torch.ones(field), torch.ones(shape), torch.ones(shape[0]))
     qkv = torch.ones(5, 3, 1, 8)
     for starts in ([0, 3], [1, 5], [0, 4, 3, 5], [0, 6], [5]):
         with pytest.raises(ValueError, match="does not divide 5 rows"):
@@ -212,7 +238,7 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
     assert ops.modulated_silu(torch.full((1, 5, 3, 3), torch.nan)).isnan().all()
     field, zero, taps = torch.zeros(1, 16, 4, 8), torch.zeros(1, 16), torch.zeros(16, 16, 3, 3)
     field[0, 3, 1, 6] = torch.inf
-    found = ops.modulated_convolutions(field, zero, zero, (taps, taps), (zero[0], zero[0]))
+    found = convolutions.modulated_convolutions(field, zero, zero, (taps, taps), (zero[0], zero[0]))
     assert not found[0, :, 1, 6].isfinite().any() and found[0, :, :, 0].isfinite().all()
 
 
