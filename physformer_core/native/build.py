@@ -16,6 +16,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from physformer_core.errors import OutputError
@@ -28,7 +30,7 @@ SWITCH = "PHYSFORMER_NATIVE"
 """Environment variable that leaves the kernels out where it is 0."""
 
 # Fused multiply-adds, but no reordering of sums: the same source gives the same bytes with any number of threads.
-_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 
 _COMPILE_SECONDS = 120
 
@@ -119,14 +121,25 @@ def _compiled() -> Path:
         raise output_error(folder, error) from error
     if not path.is_file():
         with atomic_write(path) as temporary:
-            units = [str(_FOLDER / name) for name in SOURCES if name.endswith(".c")]
-            _run([*compiler, *flags, *units, "-o", str(temporary), "-lm"])
+            _compile([*compiler, *flags], temporary)
             temporary.chmod(0o700)  # many a umask lets one's group write
     for one in (folder, path):
         facts = one.stat()
         if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
             raise Unavailable(f"{one} is another user's, or others may write it: what is there is not loaded")
     return path
+
+
+def _compile(command: list[str], target: Path) -> None:
+    """Every source by a compiler of its own, all at once, and then together."""
+    units = [name for name in SOURCES if name.endswith(".c")]
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder, ThreadPoolExecutor(len(units)) as pool:
+        objects = [str(Path(folder, name).with_suffix(".o")) for name in units]
+        commands = (
+            [*command, "-c", str(_FOLDER / name), "-o", made] for name, made in zip(units, objects, strict=True)
+        )
+        list(pool.map(_run, commands))
+        _run([*command, "-shared", *objects, "-o", str(target), "-lm"])
 
 
 def _compiler() -> list[str]:

@@ -56,9 +56,8 @@ static inline __attribute__((always_inline)) void block(const float *a, int64_t 
 }
 
 /* c [rows, columns] = a b, or plus c, where a's number (row, k) lies at row * a_row + k * a_step. */
-static inline __attribute__((always_inline)) void product(const float *a, int64_t a_row, int64_t a_step, const float *b,
-                                                          float *c, int rows, int inner, int columns,
-                                                          const int added) {
+static __attribute__((noinline)) void product(const float *a, int64_t a_row, int64_t a_step, const float *b, float *c,
+                                              int rows, int inner, int columns, int added) {
     for (int column = 0; column < columns;) {
         const int two = WIDE == 2 && column + 2 * LANES <= columns;
         for (int row = 0; row < rows;) {

@@ -18,7 +18,7 @@ from physformer_core.native.build import Unavailable, load_library
 @functools.cache
 def why_not() -> str | None:
     """Why the kernels cannot run in this process, in a few words, or None if they can. The first call may compile them,
-    which takes a second or two."""
+    which takes some seconds."""
     from physformer_core.model.native.probe import first_wrong
 
     try:
