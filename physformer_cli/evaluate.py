@@ -274,7 +274,7 @@ def prompts(
 ) -> None:
     """Prompt accuracy: how often the picture shows what its prompt says.
 
-    A classifier that is fitted to composed scenes, once and in some minutes, says what each picture shows; right means
+    A classifier, fitted to composed scenes (once, in some ten minutes), says what each picture shows; right means
     that its own concept is the likeliest of all. The ceiling is the score of real scenes, the floor that of other
     pictures' prompts. Needs no network.
     """

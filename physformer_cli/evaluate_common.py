@@ -137,7 +137,7 @@ def load_features(name: str, model: str | None, device: torch.device) -> Feature
 
 
 def load_judge(extractor: FeatureExtractor, add: Callable[..., console.ProgressTask]) -> ConceptClassifier:
-    """The classifier that judges pictures, with bars where it has to be fitted first: some minutes."""
+    """The classifier that judges pictures, with bars where it has to be fitted first: some ten minutes on two cores."""
     from physformer_core.evaluation.classifier import load_classifier
 
     tasks: dict[str, console.ProgressTask] = {}
