@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
 
 from physformer_core.checkpoints import load_pipeline
 from physformer_core.data.scenes import render_svg
@@ -35,7 +37,13 @@ def main() -> None:
     device = resolve_device("auto")
     pipeline = load_pipeline(options.checkpoint, device=device, dtype=resolve_dtype("auto", device))
     extractor = load_extractor("efficientnet", None, device)
-    judge = Judge(extractor, load_classifier(extractor))
+    with Progress(console=Console(stderr=True)) as bars:
+        task = bars.add_task("scenes for the judge, once", total=None)
+
+        def tell(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        judge = Judge(extractor, load_classifier(extractor, progress=tell))
     cases = single_cases(options.num, 0, aspect=1.0, concepts=chosen_concepts(options.concepts))
     scenes = [np.asarray(render_svg(case.scene.svg, options.side, options.side)) for case in cases]
     sizes = pipeline.level_sizes(options.side, options.side)

@@ -34,8 +34,7 @@ CLASSIFIER_SEED = 71_000_011
 """Collection of the scenes that are learnt from; no training set should use it."""
 
 VIEWS = (*["single"] * 2, *["setting"] * 2, *["pair"] * 2, *["caged"] * 8)
-"""Scenes of each concept; what pairs show the composer picks. Cages hide much, so many of them are seen: with four 77 %
-of 100 real cages were told at once, with eight 91 %. Of real pairs two give 98 to 99 %, four 100 %."""
+"""Scenes of each concept; what pairs show the composer picks. Cages hide much, so many of them are seen."""
 
 SIDES = (256, 720)
 """Pixels along a side of the scenes, by turns."""

@@ -12,7 +12,7 @@ from physformer_core.model.native.ops import addresses, checked, thread_count
 from physformer_core.native.build import load_library
 
 _MOST = 64
-"""Channels, and numbers along a field's sides: what is worked in lies on the stacks of threads."""
+"""Channels, and pixels of a row that is halved: what is worked in lies on the stacks of threads."""
 
 
 def convolves(field: Tensor, *weights: Tensor) -> bool:
@@ -31,7 +31,7 @@ def halves(field: Tensor, weight: Tensor) -> bool:
 
 def _fits(field: Tensor) -> bool:
     channels, height, width = field.shape[1:]
-    return channels % 16 == 0 and channels <= _MOST and height % 2 == 0 and width % 2 == 0
+    return field.numel() > 0 and channels % 16 == 0 and channels <= _MOST and height % 2 == 0 and width % 2 == 0
 
 
 def modulated_convolutions(
