@@ -91,6 +91,9 @@ def fetch(
             help="Of scenes: share of pairs of things that no scene shows together, for eval prompts --pairs."
         ),
     ] = None,
+    pair_share: Annotated[
+        float | None, typer.Option(help="Of scenes: share of them that shows two things.", show_default="0.45")
+    ] = None,
     as_json: console.JsonOption = False,
     no_record: console.NoRecordOption = False,
 ) -> None:
@@ -137,6 +140,7 @@ def fetch(
             "seed": seed,
             "aspect": parse_aspect(aspect) if aspect is not None else None,
             "held_out_pairs": held_out_pairs,
+            "pair_share": pair_share,
         }
         run.seeds = [seed] if seed is not None else []
         given = {**found.defaults, **{key: value for key, value in options.items() if value is not None}}

@@ -468,6 +468,23 @@ def check_aspect(aspect: float) -> None:
         raise DataError(f"aspect {aspect:g} is not between 0.1 and 10", hint="for example 16:9")
 
 
+def check_pair_share(share: float) -> None:
+    """Refuses what is no share of scenes.
+
+    Raises:
+        DataError: It is not from 0 to 1.
+    """
+    if not 0 <= share <= 1:
+        raise DataError(f"a share of pairs of {share:g} is not from 0 to 1", hint=f"{KINDS['pair']:g} is usual")
+
+
+def _kinds_with(pair_share: float) -> dict[str, float]:
+    """:data:`KINDS` with another share of pairs."""
+    check_pair_share(pair_share)
+    rest = (1 - pair_share) / (1 - KINDS["pair"])
+    return {kind: weight * rest for kind, weight in KINDS.items()} | {"pair": pair_share}
+
+
 def compose_scene(
     seed: int,
     index: int,
@@ -479,6 +496,7 @@ def compose_scene(
     time: str | None = None,
     concept: str | None = None,
     pair_ranks: tuple[float, float] = (0.0, 1.0),
+    pair_share: float | None = None,
 ) -> Scene:
     """Composes the scene of a number.
 
@@ -493,13 +511,15 @@ def compose_scene(
         concept: Main subject of a "single" or "setting" scene, or of a scene with a cage.
         pair_ranks: Two things are shown together only if their `casting.pair_rank` is within [from, to): the pairs
             that a training set holds out are ranked below a share.
+        pair_share: How often the kind is "pair" where it is drawn, 0 to 1; the other kinds keep their proportions. As
+            in :data:`KINDS` by default.
 
     Raises:
         DataError: If an option is unknown or doesn't go with the kind.
     """
     random = Random(int.from_bytes(hashlib.sha256(f"{_FORMAT}:{seed}:{index}".encode()).digest(), "big"))
     drawn_aspect = pick(random, ASPECTS)
-    drawn_kind = pick(random, KINDS)
+    drawn_kind = pick(random, KINDS if pair_share is None else _kinds_with(pair_share))
     if aspect is None:
         across, down = drawn_aspect.split(":")
         aspect = int(across) / int(down)

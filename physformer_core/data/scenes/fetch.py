@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from physformer_core.data.scenes.composer import check_aspect, compose_scene
+from physformer_core.data.scenes.composer import check_aspect, check_pair_share, compose_scene
 from physformer_core.data.set_folder import RAW_FORMAT, read_json, remove_half_written, write_json
 from physformer_core.errors import DataError
 from physformer_core.files import atomic_write, output_error, sha256_file
@@ -30,8 +30,8 @@ ATTRIBUTION = (
 ROWS_PER_FILE = 2000
 
 
-_Job = tuple[str, int, int, int, float | None, float]
-"""File, seed, first and last scene, aspect, share of pairs held out."""
+_Job = tuple[str, int, int, int, float | None, float, float | None]
+"""File, seed, first and last scene, aspect, share of pairs held out, share of scenes that are pairs."""
 
 
 def _write_file(job: _Job) -> tuple[str, int]:
@@ -39,9 +39,12 @@ def _write_file(job: _Job) -> tuple[str, int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path, seed, start, stop, aspect, held_out = job
+    path, seed, start, stop, aspect, held_out, pair_share = job
     ranks = (held_out, 1.0)
-    scenes = [compose_scene(seed, index, aspect=aspect, pair_ranks=ranks) for index in range(start, stop)]
+    scenes = [
+        compose_scene(seed, index, aspect=aspect, pair_ranks=ranks, pair_share=pair_share)
+        for index in range(start, stop)
+    ]
     table = pa.table(
         {
             "key": pa.array([scene.key for scene in scenes], pa.string()),
@@ -89,6 +92,7 @@ def fetch_scenes(
     seed: int,
     aspect: float | None = None,
     held_out_pairs: float = 0.0,
+    pair_share: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     workers: int = 1,
     rows_per_file: int = ROWS_PER_FILE,
@@ -105,6 +109,7 @@ def fetch_scenes(
         aspect: Width divided by height of all scenes; drawn for each by default.
         held_out_pairs: Share of the pairs of concepts that no scene shows together: 0, or `LEAST_HELD_OUT` to
             `MOST_HELD_OUT`.
+        pair_share: Share of the scenes that show two things, 0 to 1; that of `composer.KINDS` by default.
         progress: Called with (scenes done, scenes in all) before the first and after every file; not at all if the
             set is there already.
         workers: Processes that compose.
@@ -128,6 +133,8 @@ def fetch_scenes(
         )
     if aspect is not None:
         check_aspect(aspect)
+    if pair_share is not None:
+        check_pair_share(pair_share)
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,6 +143,8 @@ def fetch_scenes(
     options = {"aspect": aspect, "rows_per_file": rows_per_file, "version": SCENES_VERSION}
     if held_out_pairs:  # left out where there are none: sets from before there was a choice stay the same set
         options["held_out_pairs"] = held_out_pairs
+    if pair_share is not None:
+        options["pair_share"] = pair_share
     source = {"name": "scenes", "seed": seed, "count": count, "options": options}
     manifest_path = folder / "manifest.json"
     known = _read_manifest(manifest_path, source)
@@ -148,6 +157,7 @@ def fetch_scenes(
             min(start + rows_per_file, count),
             aspect,
             held_out_pairs,
+            pair_share,
         )
         for number, start in enumerate(range(0, count, rows_per_file))
     ]

@@ -52,7 +52,7 @@ SOURCES: dict[str, Source] = {
             "scenes",
             "captioned scenes composed of Twemoji's vector art",
             "scenes",
-            ("count", "seed", "aspect", "held_out_pairs"),
+            ("count", "seed", "aspect", "held_out_pairs", "pair_share"),
             compose=fetch_scenes,
             defaults={"count": 36_000, "seed": 0},
         ),

@@ -253,6 +253,28 @@ def test_fetch_resumes_and_does_not_depend_on_workers(tmp_path):
         fetch_scenes(tmp_path / "three", count=26, seed=4, rows_per_file=10)
 
 
+def test_the_share_of_pairs_can_be_chosen(tmp_path):
+    import pyarrow.parquet as pq
+
+    shares = {}
+    for share in (None, 0.0, 0.8, 1.0):
+        scenes = [compose_scene(4, index, pair_share=share) for index in range(200)]
+        shares[share] = sum(scene.relation is not None for scene in scenes) / len(scenes)
+        if share == 0.0:
+            plain = sum(scene.background is not None and len(scene.subjects) == 1 for scene in scenes) / len(scenes)
+            assert 0.25 < plain < 0.5, "the others keep their proportions"
+    # A familiar prompt, one scene in eleven of the others, may be of a relation, too.
+    assert shares[0.0] < 0.1 and shares[1.0] == 1
+    assert 0.35 < shares[None] < 0.6 and 0.7 < shares[0.8] < 0.9
+    more = fetch_scenes(tmp_path / "more", count=20, seed=4, pair_share=1.0)
+    assert more["source"]["options"]["pair_share"] == 1.0
+    metas = pq.read_table(tmp_path / "more" / "examples-00000.parquet")["meta"].to_pylist()
+    assert all(json.loads(meta)["relation"] for meta in metas)
+    with pytest.raises(DataError, match=r"share of pairs of 1\.5 is not from 0 to 1"):
+        fetch_scenes(tmp_path / "wrong", count=20, seed=4, pair_share=1.5)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_pairs_can_be_held_out(tmp_path):
     import pyarrow.parquet as pq
 
