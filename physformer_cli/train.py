@@ -117,6 +117,14 @@ def train(
         str | None, typer.Option(metavar="offline|online", help="Also write a run of Weights & Biases.")
     ] = None,
     wandb_project: Annotated[str | None, typer.Option(help="Its project.", show_default="physformer")] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BEGINNINGS",
+            help="Weights whose names begin so stay as they are: text_,null_,base. trains finer levels alone.",
+            show_default="none",
+        ),
+    ] = None,
     lora_rank: Annotated[
         int | None,
         typer.Option(help="Train an adapter of this rank, and not the network, which --init-from names."),
@@ -200,6 +208,7 @@ def train(
         "validate_every": validate_every,
         "log_every": log_every,
         "sample_every": sample_every,
+        "freeze": freeze,
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,
         "sample_prompts": _read_prompts(sample_prompts),

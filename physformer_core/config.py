@@ -110,6 +110,8 @@ class TrainConfig:
         sample_prompts: What they show, a prompt a line; captions of held-out pictures if empty.
         repeat_batch: Train on the first batch again and again: a check that a model can learn at all.
         pass_below: The run passes if its loss ends below this share of what it began with (0: no such check).
+        freeze: Beginnings of names of weights that stay as they are, by commas: ``text_,null_,base.`` trains what finer
+            levels have of their own (empty: all are trained).
         lora_rank, lora_alpha: Train an adapter of this rank beside frozen weights (0: the whole network); it acts
             with alpha / rank (0: as rank).
         seed: Of weights, data order, times and noise.
@@ -147,6 +149,7 @@ class TrainConfig:
     sample_prompts: str = ""
     repeat_batch: bool = False
     pass_below: float = 0.0
+    freeze: str = ""
     lora_rank: int = 0
     lora_alpha: float = 0.0
     seed: int = 0
@@ -186,6 +189,8 @@ class TrainConfig:
             raise ConfigError(f"lora_alpha must be at least 0, not {self.lora_alpha}")
         if self.lora_alpha and not self.lora_rank:
             raise ConfigError("lora_alpha has no effect without lora_rank", hint="--lora-rank 8, for example")
+        if self.freeze and self.lora_rank:
+            raise ConfigError("freeze has no effect with lora_rank, which freezes all but the adapter")
         if self.optimizer not in ("muon", "adamw"):
             raise ConfigError(f"unknown optimizer '{self.optimizer}'", hint="muon or adamw")
         if self.dtype not in ("auto", "fp32", "bf16", "fp16"):

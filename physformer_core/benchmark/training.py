@@ -31,7 +31,8 @@ from physformer_core.data.loader import Batch, BatchStream
 from physformer_core.errors import ConfigError
 from physformer_core.hardware import DTYPES
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
-from physformer_core.training.trainer import StepReport, Trainer, model_arguments
+from physformer_core.training.initial import model_arguments
+from physformer_core.training.trainer import StepReport, Trainer
 from physformer_core.training.watching import WorkMeter, batch_shape
 
 SCENES = 256

@@ -61,8 +61,7 @@ class TrainingState:
         Raises:
             CheckpointError: If weights are missing.
         """
-        # A run of an adapter has saved nothing else, as nothing else changes.
-        missing = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        missing = _kept_parameters(model)
 
         def optimizer_state() -> Iterator[tuple[str, Tensor]]:
             for key, value in ranks.share_tensors(self.tensors):
@@ -75,7 +74,8 @@ class TrainingState:
 
         optimizer.load_state_tensors(optimizer_state())
         for name, value in ranks.share_tensors(self.average):
-            ema.shadow[name].copy_(divided_like(value, ema.shadow[name]))
+            if name in ema.shadow:  # of frozen weights there is no average but themselves
+                ema.shadow[name].copy_(divided_like(value, ema.shadow[name]))
         if missing:
             raise CheckpointError(f"the checkpoint has no {min(missing)}", hint="copy it again")
 
@@ -123,10 +123,17 @@ def save_checkpoint(
 
 
 def training_tensors(model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> dict[str, Tensor]:
-    """Trained weights and optimizer state for `save_checkpoint`, whole on the first rank; all must call it."""
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """Weights and optimizer state for `save_checkpoint`, whole on the first rank; all must call it."""
+    tensors = {f"model.{name}": p.detach() for name, p in _kept_parameters(model).items()}
     tensors |= {f"optimizer.{name}": value for name, value in optimizer.state_tensors().items()}
     return gathered(tensors, ranks)
+
+
+def _kept_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that a checkpoint keeps to be resumed from: all, or of an adapted network the adapter's alone, as the
+    others are in the checkpoint that it adapts."""
+    params = dict(model.named_parameters())
+    return {name: param for name, param in params.items() if "lora_" in name} or params
 
 
 def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from physformer_core.data.loader import Batch, BatchStream, ShardSet
 from physformer_core.errors import ConfigError
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.training.adapter import put_adapter, trainable_parameters
+from physformer_core.training.initial import model_arguments
 from physformer_core.training.optimizer import split_parameters
-from physformer_core.training.trainer import model_arguments
 from physformer_core.training.watching import batch_flops, newton_schulz_flops
 
 _SAMPLED_STEPS = 16

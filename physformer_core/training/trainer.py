@@ -12,12 +12,10 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-from safetensors import SafetensorError
 
-from physformer_core.checkpoints import find_checkpoint
 from physformer_core.config import RunConfig
 from physformer_core.data.loader import Batch, BatchStream, ShardSet, made_ahead
 from physformer_core.data.resident import why_not_resident
@@ -25,9 +23,8 @@ from physformer_core.errors import CheckpointError, ConfigError, DeviceError, Ph
 from physformer_core.hardware import keep_freed_memory, resolve_dtype, why_no_compiler
 from physformer_core.model.attention import why_no_native
 from physformer_core.model.fused import ops as fused
-from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.pipeline import PhysFormerPipeline
-from physformer_core.training.adapter import adapted_model, adapter_facts, check_resumed_adapter, check_text
+from physformer_core.training.adapter import check_resumed_adapter
 from physformer_core.training.checkpoint import (
     TrainingState,
     gathered,
@@ -37,13 +34,13 @@ from physformer_core.training.checkpoint import (
     save_checkpoint,
     set_aside,
     training_tensors,
-    transformer_folder,
     write_averaged,
     write_gathered,
 )
 from physformer_core.training.distributed import Ranks, copy_from_first, resolve_parallel, shard
 from physformer_core.training.ema import WeightAverage
 from physformer_core.training.gradients import Gradients
+from physformer_core.training.initial import first_network
 from physformer_core.training.objective import Draws, FlowObjective
 from physformer_core.training.optimizer import Optimizer, muon_dtype, schedule
 from physformer_core.training.recorded import RecordedPasses, resolve_recording, why_not_recorded
@@ -58,19 +55,9 @@ _DRAWING_THREADS = 8
 """Threads that draw noise ahead for a GPU. It is drawn on the CPU, so that it is the same everywhere, and one thread
 draws the 14 million numbers of a thousand crops in some 100 ms: three times as long as such a step takes."""
 
-_OF_LEVEL_0 = ("refiner_channels", "base_num_layers", "base_hidden_size", "base_num_heads", "base_patch_size")
-"""Sizes of parts that level 0 alone has, and that a run may add to the network that it starts from."""
-
 
 class TrainingDiverged(PhysFormerError):
     """Loss or gradients were not finite for `MAX_BAD_STEPS` steps in a row."""
-
-
-def model_arguments(config: RunConfig, shards: ShardSet) -> dict[str, Any]:
-    """Arguments of the network: channels and text widths are those of the data's codec and encoder."""
-    widths = {"text_dim": shards.hidden_size, "pooled_dim": shards.pooled_size}
-    # Named even where they are left out: a checkpoint that a run starts from may have them.
-    return dict.fromkeys(_OF_LEVEL_0, 0) | config.model | widths | {"in_channels": shards.field.channels}
 
 
 class Trainer:
@@ -111,7 +98,6 @@ class Trainer:
         self.config, self.output_dir = config, Path(output_dir)
         self.on_step, self.on_report, self.on_samples = on_step, on_report, on_samples
         self.matrix_peak = matrix_peak
-        self.adapter: dict[str, Any] | None = None
         train = config.training
         self.ranks = ranks or Ranks()
         with self.ranks.together():
@@ -136,7 +122,10 @@ class Trainer:
             self._threads = _DRAWING_THREADS if self.device.type == "cuda" else 1
             self._check_level_zero()
             torch.manual_seed(train.seed)
-            self.model = self._build_model(init_from if self.ranks.is_main or train.lora_rank else None).to(self.device)
+            self.model, self.adapter = first_network(
+                config, self.shards, init_from if self.ranks.is_main or train.lora_rank else None
+            )
+            self.model.to(self.device)
         self._check_same_data()
         copy_from_first(self.model, self.ranks)
         if train.gradient_checkpointing:
@@ -238,52 +227,6 @@ class Trainer:
                     hint="copy one set to every machine",
                 )
 
-    def _build_model(self, init_from: Path | None) -> PhysFormerTransformer2DModel:
-        arguments = model_arguments(self.config, self.shards)
-        if self.config.training.lora_rank:
-            checkpoint = find_checkpoint(init_from)
-            check_text(checkpoint, self.shards.encoder["name"])
-            self.adapter = adapter_facts(checkpoint)
-            model = adapted_model(self.config, checkpoint)
-            self._check_model(model, arguments, checkpoint.folder)
-            return model
-        if init_from is None:
-            return PhysFormerTransformer2DModel(**arguments)
-        folder = transformer_folder(init_from)
-        if not folder.is_dir():  # else the name would be looked for on the hub
-            raise CheckpointError(f"cannot start from '{init_from}': there is no such folder")
-        # All residual forms have the same weights: training adapts to another form within some fifty steps.
-        form = {key: value for key, value in arguments.items() if key == "residual"}
-        try:
-            model, loading = PhysFormerTransformer2DModel.from_pretrained(
-                folder, torch_dtype=torch.float32, output_loading_info=True, **form
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(
-                f"cannot start from '{init_from}': {str(error).splitlines()[0]}",
-                hint="name a checkpoint, or the transformer folder in it",
-            ) from error
-        # diffusers draws missing weights at random and says so in a log line.
-        if wrong := sorted([*loading["missing_keys"], *loading["unexpected_keys"]]):
-            raise CheckpointError(
-                f"'{init_from}' holds other weights than its configuration describes: {wrong[0]}",
-                hint="copy the checkpoint again",
-            )
-        model = _with_parts_of_level_0(model, arguments)
-        self._check_model(model, arguments, init_from)
-        return model
-
-    @staticmethod
-    def _check_model(model: PhysFormerTransformer2DModel, arguments: dict[str, Any], source: Path) -> None:
-        for key, value in arguments.items():
-            if model.config[key] != value:
-                raise ConfigError(
-                    f"'{source}' has {key} {model.config[key]}, this run {value}",
-                    hint="the text encoder of the data must be the same"
-                    if key in ("text_dim", "pooled_dim")
-                    else "start with the preset that it was trained with",
-                )
-
     @property
     def checkpoint_dir(self) -> Path:
         return self.output_dir / "checkpoints"
@@ -355,6 +298,11 @@ class Trainer:
             )
         check_resumed_adapter(str(source), state.metadata, self.config, self.adapter)
         before, now = state.metadata["config"], self.config.to_dict()
+        if (frozen := before["training"].get("freeze", "")) != self.config.training.freeze:
+            raise CheckpointError(
+                f"'{source}' was trained with '{frozen}' frozen, this run has '{self.config.training.freeze}'",
+                hint="use --init-from to start a new run from its weights",
+            )
         if other := [part for part in ("model", "flow") if before[part] != now[part]]:
             hint = "resume with the same preset"
             raise CheckpointError(f"'{source}' has another {other[0]} configuration", hint=hint)
@@ -541,7 +489,7 @@ class Trainer:
         tensors = training_tensors(self.model, self.optimizer, self.ranks)
         write_average = functools.partial(write_averaged, self.pipeline, self.ema, metadata)
         if self.parallel == "fsdp":
-            average = gathered(self.ema.shadow, self.ranks)
+            average = gathered(dict(self.model.named_parameters()) | self.ema.shadow, self.ranks)
             write_average = functools.partial(write_gathered, self.pipeline, average, metadata)
         with self.ranks.together():
             if self.ranks.is_main:
@@ -555,27 +503,6 @@ class Trainer:
                     keep_every=train.keep_every,
                 )
         return self.checkpoint_dir / f"step-{self.step:08d}"
-
-
-def _with_parts_of_level_0(
-    model: PhysFormerTransformer2DModel, arguments: dict[str, Any]
-) -> PhysFormerTransformer2DModel:
-    """The network with the parts of level 0 that it lacks and a run asks for; the other weights stay.
-
-    A refiner is zero at first: training goes on from the very pictures of the checkpoint. A network for level 0 begins
-    anew, its refiner with it.
-    """
-    added = {key: arguments[key] for key in _OF_LEVEL_0 if not model.config[key] and arguments[key]}
-    if not added:
-        return model
-    given = {key: value for key, value in model.config.items() if key[0] != "_"} | added
-    if "base_num_layers" in added:
-        given["refiner_channels"] = arguments["refiner_channels"]
-    kept = model.state_dict()
-    grown = PhysFormerTransformer2DModel(**given)
-    weights = grown.state_dict()
-    grown.load_state_dict(weights | {name: tensor for name, tensor in kept.items() if name in weights})
-    return grown
 
 
 def _step_seed(seed: int, step: int) -> int:

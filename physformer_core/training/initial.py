@@ -1,0 +1,148 @@
+"""The network that a run begins with: a new one, a checkpoint's, or a checkpoint's with an adapter; and which of its
+weights stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from physformer_core.checkpoints import find_checkpoint
+from physformer_core.config import RunConfig, TrainConfig
+from physformer_core.data.shard_set import ShardSet
+from physformer_core.errors import CheckpointError, ConfigError
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
+from physformer_core.training.adapter import adapted_model, adapter_facts, check_text
+from physformer_core.training.checkpoint import transformer_folder
+
+_OF_LEVEL_0 = ("refiner_channels", "base_num_layers", "base_hidden_size", "base_num_heads", "base_patch_size")
+"""Sizes of parts that level 0 alone has, and that a run may add to the network that it starts from."""
+
+
+def model_arguments(config: RunConfig, shards: ShardSet) -> dict[str, Any]:
+    """Arguments of the network: channels and text widths are those of the data's codec and encoder."""
+    widths = {"text_dim": shards.hidden_size, "pooled_dim": shards.pooled_size}
+    # Named even where they are left out: a checkpoint that a run starts from may have them.
+    return dict.fromkeys(_OF_LEVEL_0, 0) | config.model | widths | {"in_channels": shards.field.channels}
+
+
+def first_network(
+    config: RunConfig, shards: ShardSet, init_from: Path | None
+) -> tuple[PhysFormerTransformer2DModel, dict[str, Any] | None]:
+    """The network of a run before its first step, on the CPU; new weights come from torch's random state.
+
+    Args:
+        config: Of the run.
+        shards: Its data.
+        init_from: See `Trainer`.
+
+    Returns:
+        The network, with gradients only for what is trained, and of an adapter what it adapts (`adapter_facts`).
+
+    Raises:
+        ConfigError, CheckpointError: They do not fit each other, or nothing would be trained.
+    """
+    arguments, facts = model_arguments(config, shards), None
+    if config.training.lora_rank:
+        checkpoint = find_checkpoint(init_from)
+        check_text(checkpoint, shards.encoder["name"])
+        facts, model = adapter_facts(checkpoint), adapted_model(config, checkpoint)
+        _check_model(model, arguments, checkpoint.folder)
+    elif init_from is None:
+        model = PhysFormerTransformer2DModel(**arguments)
+    else:
+        model = _with_parts_of_level_0(_started_from(init_from, arguments), arguments)
+        _check_model(model, arguments, init_from)
+    freeze(model, config.training)
+    return model, facts
+
+
+def freeze(model: PhysFormerTransformer2DModel, train: TrainConfig) -> None:
+    """Takes the gradients of the weights that ``train.freeze`` names.
+
+    Raises:
+        ConfigError: There are no such weights, or some steps of the run would train nothing.
+    """
+    prefixes = [prefix for prefix in (part.strip() for part in train.freeze.split(",")) if prefix]
+    params = dict(model.named_parameters())
+    for prefix in prefixes:
+        named = [param for name, param in params.items() if name.startswith(prefix)]
+        if not named:
+            parts = sorted({name.partition(".")[0] for name in params})
+            raise ConfigError(f"no weights begin with '{prefix}' to be frozen", hint="there are " + ", ".join(parts))
+        for param in named:
+            param.requires_grad_(False)
+    trained = [name for name, param in params.items() if param.requires_grad]
+    of_base = [name for name in trained if model.base is None or not name.startswith(_FINE_ALONE)]
+    of_fine = [name for name in trained if not name.startswith(("base.", "refiner."))]
+    for names, share, what, other in (
+        (of_base, 1 - train.crop_fraction, "whole pictures", "--crop-fraction 1"),
+        (of_fine, train.crop_fraction, "crops", "--crop-fraction 0"),
+    ):
+        if share and not names:
+            raise ConfigError(
+                f"with '{train.freeze}' frozen, steps on {what} would train nothing", hint=f"freeze less, or {other}"
+            )
+
+
+_FINE_ALONE = ("patch_embed.", "condition_embed.", "blocks.", "final_layer.")
+"""What level 0 has its own of, where it has a network of its own."""
+
+
+def _started_from(init_from: Path, arguments: dict[str, Any]) -> PhysFormerTransformer2DModel:
+    """A checkpoint's averaged weights."""
+    folder = transformer_folder(init_from)
+    if not folder.is_dir():  # else the name would be looked for on the hub
+        raise CheckpointError(f"cannot start from '{init_from}': there is no such folder")
+    # All residual forms have the same weights: training adapts to another form within some fifty steps.
+    form = {key: value for key, value in arguments.items() if key == "residual"}
+    try:
+        model, loading = PhysFormerTransformer2DModel.from_pretrained(
+            folder, torch_dtype=torch.float32, output_loading_info=True, **form
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot start from '{init_from}': {str(error).splitlines()[0]}",
+            hint="name a checkpoint, or the transformer folder in it",
+        ) from error
+    # diffusers draws missing weights at random and says so in a log line.
+    if wrong := sorted([*loading["missing_keys"], *loading["unexpected_keys"]]):
+        raise CheckpointError(
+            f"'{init_from}' holds other weights than its configuration describes: {wrong[0]}",
+            hint="copy the checkpoint again",
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _check_model(model: PhysFormerTransformer2DModel, arguments: dict[str, Any], source: Path) -> None:
+    for key, value in arguments.items():
+        if model.config[key] != value:
+            raise ConfigError(
+                f"'{source}' has {key} {model.config[key]}, this run {value}",
+                hint="the text encoder of the data must be the same"
+                if key in ("text_dim", "pooled_dim")
+                else "start with the preset that it was trained with",
+            )
+
+
+def _with_parts_of_level_0(
+    model: PhysFormerTransformer2DModel, arguments: dict[str, Any]
+) -> PhysFormerTransformer2DModel:
+    """The network with the parts of level 0 that it lacks and a run asks for; the other weights stay.
+
+    A refiner is zero at first: training goes on from the very pictures of the checkpoint. A network for level 0 begins
+    anew, its refiner with it.
+    """
+    added = {key: arguments[key] for key in _OF_LEVEL_0 if not model.config[key] and arguments[key]}
+    if not added:
+        return model
+    given = {key: value for key, value in model.config.items() if key[0] != "_"} | added
+    if "base_num_layers" in added:
+        given["refiner_channels"] = arguments["refiner_channels"]
+    kept = model.state_dict()
+    grown = PhysFormerTransformer2DModel(**given)
+    weights = grown.state_dict()
+    grown.load_state_dict(weights | {name: tensor for name, tensor in kept.items() if name in weights})
+    return grown
