@@ -57,7 +57,7 @@ def test_a_frozen_run_is_resumed_to_the_same_bits(scene_set, start, frozen_run, 
 
 
 def test_a_run_is_not_resumed_with_other_weights_frozen(scene_set, frozen_run, tmp_path):
-    with pytest.raises(CheckpointError, match="'text_, null_,base.' frozen, this run has ''"):
+    with pytest.raises(CheckpointError, match=r"'text_, null_,base\.' frozen, this run has ''"):
         make(scene_set, tmp_path, crop_fraction=1.0).resume(frozen_run)
 
 
