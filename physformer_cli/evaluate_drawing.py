@@ -33,6 +33,8 @@ from physformer_cli.evaluate_common import (
 from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from physformer_core.evaluation.effort import Effort
     from physformer_core.evaluation.prompt_accuracy import Share
     from physformer_core.evaluation.prompt_cases import PromptCase
@@ -56,8 +58,10 @@ STEPS_EPILOG = """Examples:
 
     physformer eval steps 4,6,10,20 --concepts everyday --num 144 --plot steps.png
 
-The knee is the fewest evaluations whose top-5 is within one standard error of the best. Seconds are of drawing in
-batches on this machine; compare them within one run.
+The distance is KID between the pictures and the scenes of the same prompts: with few steps, what a prompt leaves open
+is averaged, and no scene looks so. The knee is the fewest evaluations whose top-5 is within one standard error of the
+best and whose distance is within one of the least. Seconds are of drawing in batches on this machine; compare them
+within one run.
 """
 DEFAULT_COUNTS = "3,5,7,10,14,20"
 
@@ -200,7 +204,7 @@ def steps(
         str, typer.Argument(metavar="N,N,...", help="Steps of the coarsest level to try.")
     ] = DEFAULT_COUNTS,
     checkpoint: CheckpointOption = None,
-    num: Annotated[int, typer.Option(min=1, help="Prompts of single subjects, half of them in a place.")] = 72,
+    num: Annotated[int, typer.Option(min=3, help="Prompts of single subjects, half of them in a place.")] = 144,
     concepts: ConceptsOption = "everyday",
     size: SizeOption = "256",
     seed: SeedOption = 0,
@@ -211,17 +215,19 @@ def steps(
     features: FeaturesOption = "efficientnet",
     feature_model: FeatureModelOption = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw accuracy over evaluations, with the knee.")
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw both over evaluations, with the knee."),
     ] = None,
     output: OutputOption = None,
     json_output: console.JsonOption = False,
     no_record: console.NoRecordOption = False,
 ) -> None:
-    """Quality against effort: prompt accuracy at several numbers of steps, and the fewest that are enough."""
+    """Quality against effort: accuracy, and distance to real scenes, at several numbers of steps."""
     from physformer_core.batching import Planner
     from physformer_core.checkpoints import find_checkpoint
     from physformer_core.data.contact_sheet import write_sheet
-    from physformer_core.evaluation.effort import Effort, draw_efforts, knee
+    from physformer_core.data.scenes import render_svg
+    from physformer_core.evaluation.effort import Effort, distances, draw_efforts, knee
     from physformer_core.evaluation.pictures import draw_requests
     from physformer_core.evaluation.prompt_accuracy import Judge, Share
     from physformer_core.evaluation.prompt_cases import chosen_concepts, single_cases
@@ -238,7 +244,7 @@ def steps(
         texts = [(case.prompt, width, height) for case in cases]
         extractor = load_features(features, feature_model, where)
         drawn = load_drawn(found, make_requests(texts, seed, str(tried[0]), guidance, detail), str(where), dtype, run)
-        efforts: list[Effort] = []
+        tries: list[tuple[dict[str, Any], np.ndarray]] = []
         with console.progress() as add:
             classifier = load_judge(extractor, add)
             judge = Judge(extractor, classifier)
@@ -251,16 +257,21 @@ def steps(
                 pictures = dict(draw_requests(found, drawn.pipeline, requests))
                 seconds = (time.monotonic() - started) / num
                 ranks = [judge.judge(case, pictures[number]).rank for number, case in enumerate(cases)]
-                efforts.append(
-                    Effort(
-                        steps=count,
-                        evaluations=sum(sum(level.evaluations) for level in Planner(found).levels(requests[0])),
-                        seconds=seconds,
-                        top1=Share.of([rank < 1 for rank in ranks]),
-                        top5=Share.of([rank < 5 for rank in ranks]),
-                    )
-                )
-                task.update(len(efforts) * num)
+                shown = {
+                    "steps": count,
+                    "evaluations": sum(sum(level.evaluations) for level in Planner(found).levels(requests[0])),
+                    "seconds": seconds,
+                    "top1": Share.of([rank < 1 for rank in ranks]),
+                    "top5": Share.of([rank < 5 for rank in ranks]),
+                }
+                tries.append((shown, extractor.extract_all(pictures[number] for number in range(num))))
+                task.update(len(tries) * num)
+            real = extractor.extract_all(render_svg(case.scene.svg, width, height) for case in cases)
+        found_distances = distances(real, [vectors for _, vectors in tries])
+        efforts = [
+            Effort(**shown, distance=distance, beyond_least=beyond)
+            for (shown, _), (distance, beyond) in zip(tries, found_distances, strict=True)
+        ]
         best = knee(efforts)
         recipe = {key: value for key, value in drawn.recipe().items() if key != "steps"}
         # Without times, which no run repeats: the same run must write the same bytes.
@@ -363,10 +374,13 @@ def _print_efforts(efforts: Sequence[Effort], best: Effort) -> None:
             f"{one.seconds:.2g}",
             _with_interval(one.top1),
             _with_interval(one.top5),
+            f"{1000 * one.distance:.1f}",
+            f"+{1000 * one.beyond_least[0]:.1f} ± {1000 * one.beyond_least[1]:.1f}",
         )
         for one in efforts
     ]
-    console.print_table(("STEPS", "EVALUATIONS", "SECONDS", "TOP-1 (95 %)", "TOP-5 (95 %)"), rows)
+    names = ("STEPS", "EVALUATIONS", "SECONDS", "TOP-1 (95 %)", "TOP-5 (95 %)", "KID x 1000", "ABOVE THE LEAST")
+    console.print_table(names, rows)
 
 
 def _with_interval(share: Share) -> str:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import http.client
 import importlib.util
+import itertools
 import json
 import pickle
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,14 @@ class FeatureExtractor(ABC):
                 hint="it is another network, or damaged",
             )
         return features
+
+    def extract_all(self, pictures: Iterable[np.ndarray], *, batch_size: int = 32) -> np.ndarray:
+        """Features [pictures, width] of any number of pictures, a batch at a time."""
+        source = iter(pictures)
+        parts = []
+        while batch := list(itertools.islice(source, batch_size)):
+            parts.append(self.extract(batch))
+        return np.concatenate(parts) if parts else self.extract([])
 
     @abstractmethod
     def _run(self, pixels_bchw: Tensor) -> Tensor:

@@ -207,20 +207,48 @@ def kernel_distance(
     size = min(subset_size, len(vectors_a), len(vectors_b))
     if size < 2:
         raise DataError("KID needs at least two pictures on either side")
-    width = vectors_a.shape[1]
     random = np.random.default_rng(seed)
-
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        powered: np.ndarray = (x @ y.T / width + 1) ** 3
-        return powered
-
     values = []
     for _ in range(1 if size == len(vectors_a) == len(vectors_b) else subsets):
         a = vectors_a[random.permutation(len(vectors_a))[:size]].astype(np.float64)
         b = vectors_b[random.permutation(len(vectors_b))[:size]].astype(np.float64)
-        within = sum((k.sum() - np.trace(k)) / (size * (size - 1)) for k in (kernel(a, a), kernel(b, b)))
-        values.append(within - 2 * kernel(a, b).mean())
+        within = sum((k.sum() - np.trace(k)) / (size * (size - 1)) for k in (_kernel(a, a), _kernel(b, b)))
+        values.append(within - 2 * _kernel(a, b).mean())
     return float(np.mean(values)), float(np.std(values))
+
+
+def paired_kernel_distance(vectors_a: np.ndarray, vectors_b: np.ndarray) -> tuple[float, np.ndarray]:
+    """KID of two sets whose vectors belong together in pairs, and what it is without each of the pairs.
+
+    From the latter comes the error of a difference: of two sets against a third the distances rise and fall together.
+
+    Args:
+        vectors_a, vectors_b: [pairs, width].
+
+    Returns:
+        The distance, and [pairs] distances with one pair left out.
+
+    Raises:
+        DataError: There are fewer than three pairs.
+    """
+    count = len(vectors_a)
+    if count < 3 or len(vectors_b) != count:
+        raise DataError(f"pairs of pictures are needed, three at least, not {count} and {len(vectors_b)}")
+    a, b = vectors_a.astype(np.float64), vectors_b.astype(np.float64)
+    total, left_out = 0.0, np.zeros(count)
+    for kernel in (_kernel(a, a), _kernel(b, b)):
+        np.fill_diagonal(kernel, 0)
+        total += kernel.sum() / (count * (count - 1))
+        left_out += (kernel.sum() - 2 * kernel.sum(1)) / ((count - 1) * (count - 2))
+    across = _kernel(a, b)
+    rest = across.sum() - across.sum(0) - across.sum(1) + np.diagonal(across)
+    return float(total - 2 * across.mean()), left_out - 2 * rest / (count - 1) ** 2
+
+
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(x.y / width + 1)^3 of all pairs of vectors."""
+    powered: np.ndarray = (x @ y.T / x.shape[1] + 1) ** 3
+    return powered
 
 
 def precision_recall(real: np.ndarray, generated: np.ndarray, *, neighbours: int = 3) -> tuple[float, float]:

@@ -285,14 +285,15 @@ def test_variety(physformer, tiny_features, tiny_checkpoint, scene_set):
 
 
 def test_steps(physformer, tiny_features, tiny_checkpoint):
-    arguments = ("eval", "steps", "3,1,1", "--checkpoint", tiny_checkpoint, "--num", 2, "--size", 32)
+    arguments = ("eval", "steps", "3,1,1", "--checkpoint", tiny_checkpoint, "--num", 3, "--size", 32)
     code, out, err = physformer(*arguments, "--json", "--plot", "steps.png", "-o", "steps.json")
     assert code == 0, err
     shown, kept = json.loads(out), json.loads(Path("steps.json").read_text())
     assert [one["steps"] for one in shown["efforts"]] == [1, 3] and len(shown.pop("seconds")) == 2
     assert shown == kept and shown["knee"]["steps"] in (1, 3)
     assert shown["efforts"][0]["evaluations"] < shown["efforts"][1]["evaluations"]
-    assert Image.open("steps.png").size == (900, 520)
+    assert min(one["beyond_least"][0] for one in shown["efforts"]) == 0
+    assert Image.open("steps.png").size == (900, 760)
     assert [output.path for output in Project.load("physformer.toml").runs[-1].outputs] == ["steps.json"]
     code, out, _ = physformer(*arguments, "--no-record")
     assert code == 0 and "(knee)" in out

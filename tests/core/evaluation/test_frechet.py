@@ -12,6 +12,7 @@ from physformer_core.evaluation.frechet import (
     frechet_distance,
     kernel_distance,
     load_statistics,
+    paired_kernel_distance,
     precision_recall,
     save_statistics,
 )
@@ -152,3 +153,16 @@ def test_a_damaged_statistics_file_is_told(tmp_path, content):
         np.savez(path, mu=mean)
     with pytest.raises(DataError, match=r"damaged|holds no feature statistics"):
         load_statistics(path)
+
+
+def test_paired_kid_is_kid_and_without_a_pair_kid_of_the_others():
+    x, y = features(8, 40), features(9, 40) + 0.2
+    value, without = paired_kernel_distance(x, y)
+    assert value == pytest.approx(kernel_distance(x, y)[0])
+    for pair in (0, 17, 39):
+        rest = np.arange(40) != pair
+        assert without[pair] == pytest.approx(kernel_distance(x[rest], y[rest])[0])
+    with pytest.raises(DataError, match="three at least"):
+        paired_kernel_distance(x[:2], y[:2])
+    with pytest.raises(DataError, match="not 40 and 39"):
+        paired_kernel_distance(x, y[:39])
