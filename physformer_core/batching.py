@@ -34,6 +34,7 @@ from physformer_core.errors import ConfigError, DeviceError
 from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
 from physformer_core.flow.guidance import Guidance
 from physformer_core.flow.pyramid import LevelSize, Pyramid
+from physformer_core.flow.shifted import SHIFTED_EVALUATIONS
 from physformer_core.flow.solver import SolverSettings, steps_per_level
 from physformer_core.prompts import MAX_SEED, MAX_STEPS
 
@@ -119,7 +120,8 @@ class Planner:
         self.channels = int(network.get("in_channels", 3))
         self.hidden_size = int(network.get("hidden_size", 256))
         self.factor = load_codec(checkpoint.codec_name).factor
-        self.pyramid: Pyramid = FlowConfig(**checkpoint.pipeline["flow"]).pyramid(self.patch)
+        self.flow = FlowConfig(**checkpoint.pipeline["flow"])
+        self.pyramid: Pyramid = self.flow.pyramid(self.patch)
 
     def sizes(self, width: int, height: int) -> list[LevelSize]:
         """Sizes of the levels, in elements of the field."""
@@ -136,7 +138,8 @@ class Planner:
         result = []
         for size, steps in zip(sizes, steps_per_level(request.steps, len(sizes)), strict=True):
             times = SolverSettings(name=request.solver, steps=steps).times()
-            costs = [1 + (guidance.at(time, size.level) != 1) for time in times]
+            each = SHIFTED_EVALUATIONS if self.flow.is_shifted(size.level) and self.patch > 1 else 1
+            costs = [each * (1 + (guidance.at(time, size.level) != 1)) for time in times]
             if request.solver == "heun":  # two evaluations a step, one at the last
                 evaluations = [a + b for a, b in itertools.pairwise(costs[:-1])] + [costs[-2]]
             elif request.solver == "adaptive":

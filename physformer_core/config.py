@@ -25,6 +25,8 @@ class FlowConfig:
         path, prediction, end_margin: See `FlowPath`.
         start_noise, coarse_noise, base_area: See `Pyramid`.
         base_mean, base_std, fine_mean, fine_std: Logit-normal training times at level 0 and above.
+        shifted_levels: Levels 1 to this one are drawn from predictions that are averaged over four places of the patch
+            grid (`flow.shifted`); in training it changes nothing.
         base_shift, fine_shift: Resolution shift of these times towards noise: see `TimeDensity`. For fields of more
             pixels than a density was found for, the square root of the ratio (Esser et al. 2024).
     """
@@ -41,6 +43,7 @@ class FlowConfig:
     fine_std: float = 1.0
     base_shift: float = 1.0
     fine_shift: float = 1.0
+    shifted_levels: int = 0
 
     def flow_path(self) -> FlowPath:
         return FlowPath(name=self.path, prediction=self.prediction, end_margin=self.end_margin)  # type: ignore[arg-type]
@@ -53,6 +56,10 @@ class FlowConfig:
             patch_size=patch_size,
         )
 
+    def is_shifted(self, level: int) -> bool:
+        """Whether a level is drawn from averaged predictions."""
+        return 0 < level <= self.shifted_levels
+
     def densities(self) -> tuple[TimeDensity, TimeDensity]:
         """Training times at level 0 and at finer levels."""
         return (
@@ -64,6 +71,8 @@ class FlowConfig:
         self.flow_path()
         self.pyramid(8)
         self.densities()
+        if self.shifted_levels < 0:
+            raise ConfigError(f"shifted_levels must be at least 0, not {self.shifted_levels}")
 
 
 _SWITCHES = ("compile", "cuda_graphs")

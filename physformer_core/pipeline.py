@@ -20,6 +20,7 @@ from physformer_core.flow import DEFAULT_GUIDANCE
 from physformer_core.flow.guidance import Guidance
 from physformer_core.flow.path import LAST_MOMENT
 from physformer_core.flow.pyramid import LevelSize, Pyramid, picture_noise
+from physformer_core.flow.shifted import predict_shifted
 from physformer_core.flow.solver import SolverSettings, integrate, steps_per_level
 from physformer_core.model.transformer import EncodedPrompt, PhysFormerTransformer2DModel
 from physformer_core.text import TextEncoder, load_text_encoder
@@ -298,7 +299,13 @@ class PhysFormerPipeline(DiffusionPipeline):
         place = torch.tensor(size.place, device=device).expand(batch, 4)
 
         def predict(z: Tensor, t: Tensor, prompt: EncodedPrompt) -> Tensor:
-            output = self.transformer(z, t, prompt, level, shown, place, return_dict=False)[0]
+            def output_at(field: Tensor, seen: Tensor | None, box: Tensor) -> Tensor:
+                return self.transformer(field, t, prompt, level, seen, box, return_dict=False)[0]  # type: ignore[no-any-return]
+
+            if shown is not None and self.flow.is_shifted(size.level):
+                output = predict_shifted(output_at, z, shown, place, self.transformer.config.patch_size)
+            else:
+                output = output_at(z, shown, place)
             return output if path.prediction == "velocity" else pyramid.sample(coarse, output)
 
         def velocity(z: Tensor, time: float) -> Tensor:

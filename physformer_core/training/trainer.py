@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from physformer_core.config import RunConfig
+from physformer_core.config import FlowConfig, RunConfig
 from physformer_core.data.loader import Batch, BatchStream, ShardSet, made_ahead
 from physformer_core.data.resident import why_not_resident
 from physformer_core.errors import CheckpointError, ConfigError, DeviceError, PhysFormerError
@@ -303,6 +303,8 @@ class Trainer:
                 f"'{source}' was trained with '{frozen}' frozen, this run has '{self.config.training.freeze}'",
                 hint="use --init-from to start a new run from its weights",
             )
+        # Through the class, so that a key that was added since has its default.
+        before["flow"] = dataclasses.asdict(FlowConfig(**before["flow"]))
         if other := [part for part in ("model", "flow") if before[part] != now[part]]:
             hint = "resume with the same preset"
             raise CheckpointError(f"'{source}' has another {other[0]} configuration", hint=hint)

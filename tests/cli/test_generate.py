@@ -435,6 +435,20 @@ def test_the_planned_work_is_the_work_done(tiny_checkpoint, solver, monkeypatch)
     assert [done.count(level.tokens) for level in levels] == [sum(level.evaluations) for level in levels]
 
 
+def test_averaged_predictions_are_counted(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "shifted"
+    shutil.copytree(tiny_checkpoint, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"flow": index["flow"] | {"shifted_levels": 2}}))
+    planner, pipeline = Planner(find_checkpoint(folder)), load_pipeline(folder)
+    request = PictureRequest("a cat", 0, 0, 150, 130, steps=(3, 2), guidance_interval=(0.3, 0.7))
+    done = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, given: done.append(int(given[3][0])))
+    draw_batch(pipeline, [request])
+    counts = [sum(level.evaluations) for level in planner.levels(request)]
+    assert [done.count(level) for level in range(4)] == counts and counts[1:] == [8, 8, 2]
+
+
 def test_the_memory_error_is_told(tiny_checkpoint, monkeypatch):
     import torch
 

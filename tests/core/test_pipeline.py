@@ -170,6 +170,24 @@ def test_detail_is_what_finer_levels_add(pipeline: PhysFormerPipeline) -> None:
     assert plain.std() > 0.01 and torch.allclose(detail_of(1.5), 1.5 * plain, atol=2e-3)
 
 
+def test_predictions_of_the_first_levels_may_be_averaged(pipeline: PhysFormerPipeline) -> None:
+    def levels(shifted: int, **more: Any) -> list[torch.Tensor]:
+        pipeline.flow = dataclasses.replace(pipeline.flow, shifted_levels=shifted)
+        found: list[torch.Tensor] = []
+        draw(pipeline, height=100, width=150, callback_on_level_end=lambda event: found.append(event.field), **more)
+        return found
+
+    plain, first, both = (levels(count) for count in (0, 1, 2))
+    assert len(plain) == 4
+    assert torch.equal(plain[0], first[0]) and not torch.allclose(plain[1], first[1], atol=1e-3)
+    assert torch.equal(first[1], both[1]) and not torch.allclose(first[2], both[2], atol=1e-3)
+    given = {1: first[1]}
+    assert not torch.allclose(levels(0, given_levels=given)[-1], levels(2, given_levels=given)[-1], atol=1e-3)
+    # The level's own network is asked, where it lies in the picture; a picture still does not depend on its company.
+    company = levels(2, prompt=["two cats", "a bird in a cage"], seeds=[3, 7])
+    torch.testing.assert_close(company[2][1:], both[2], atol=1e-5, rtol=0)
+
+
 def test_a_picture_that_is_not_finite_is_refused(pipeline: PhysFormerPipeline) -> None:
     with torch.no_grad():
         bias = pipeline.transformer.final_layer.proj_out.bias
