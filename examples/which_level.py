@@ -1,6 +1,7 @@
 """Finds the level at which subjects are lost: prompt accuracy with coarse levels taken from real scenes.
 
 python examples/which_level.py --num 72 --concepts everyday
+python examples/which_level.py --num 72 --relations
 
 Each row draws the same prompts, the first as usual, the others with their coarsest levels averaged from the very scene
 that the prompt describes. Where accuracy jumps, the level that was still drawn before is what loses the subject.
@@ -20,7 +21,7 @@ from physformer_core.data.scenes import render_svg
 from physformer_core.evaluation.classifier import load_classifier
 from physformer_core.evaluation.features import load_extractor
 from physformer_core.evaluation.prompt_accuracy import Judge
-from physformer_core.evaluation.prompt_cases import chosen_concepts, single_cases
+from physformer_core.evaluation.prompt_cases import chosen_concepts, relation_cases, single_cases
 from physformer_core.hardware import resolve_device, resolve_dtype
 
 BATCH = 12
@@ -30,7 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="the shipped one if not given")
     parser.add_argument("--num", type=int, default=72)
-    parser.add_argument("--concepts", default="everyday")
+    parser.add_argument("--concepts", default="everyday", help="of prompts of one subject")
+    parser.add_argument("--relations", action="store_true", help="prompts of two things instead")
     parser.add_argument("--side", type=int, default=256, help="a power of two times 32")
     options = parser.parse_args()
 
@@ -44,7 +46,10 @@ def main() -> None:
             bars.update(task, completed=done, total=total)
 
         judge = Judge(extractor, load_classifier(extractor, progress=tell))
-    cases = single_cases(options.num, 0, aspect=1.0, concepts=chosen_concepts(options.concepts))
+    if options.relations:
+        cases = relation_cases(options.num, 0, aspect=1.0)
+    else:
+        cases = single_cases(options.num, 0, aspect=1.0, concepts=chosen_concepts(options.concepts))
     scenes = [np.asarray(render_svg(case.scene.svg, options.side, options.side)) for case in cases]
     sizes = pipeline.level_sizes(options.side, options.side)
     for levels in range(len(sizes)):
