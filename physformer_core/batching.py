@@ -34,6 +34,7 @@ from physformer_core.errors import ConfigError, DeviceError
 from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
 from physformer_core.flow.guidance import Guidance
 from physformer_core.flow.pyramid import LevelSize, Pyramid
+from physformer_core.flow.settling import SETTLING_TIME
 from physformer_core.flow.shifted import SHIFTED_EVALUATIONS
 from physformer_core.flow.solver import SolverSettings, steps_per_level
 from physformer_core.prompts import MAX_SEED, MAX_STEPS
@@ -146,6 +147,8 @@ class Planner:
                 evaluations = [_ADAPTIVE_EVALUATIONS * cost for cost in costs[:-1]]
             else:
                 evaluations = costs[:-1]
+            if size.level == 0 and self.flow.settling:
+                evaluations[-1] += self.flow.settling * (1 + (guidance.at(SETTLING_TIME) != 1))
             patch = self.patch if size.level else self.base_patch
             result.append(LevelWork(size, size.padded_height * size.padded_width // patch**2, tuple(evaluations)))
         return result

@@ -27,6 +27,8 @@ class FlowConfig:
         base_mean, base_std, fine_mean, fine_std: Logit-normal training times at level 0 and above.
         shifted_levels: Levels 1 to this one are drawn from predictions that are averaged over four places of the patch
             grid (`flow.shifted`); in training it changes nothing.
+        settling: Predictions, each under noise of its own, that level 0 is the mean of in the end (`flow.settling`); of
+            0 it stays what the solver arrives at. In training it changes nothing.
         base_shift, fine_shift: Resolution shift of these times towards noise: see `TimeDensity`. For fields of more
             pixels than a density was found for, the square root of the ratio (Esser et al. 2024).
     """
@@ -44,6 +46,7 @@ class FlowConfig:
     base_shift: float = 1.0
     fine_shift: float = 1.0
     shifted_levels: int = 0
+    settling: int = 0
 
     def flow_path(self) -> FlowPath:
         return FlowPath(name=self.path, prediction=self.prediction, end_margin=self.end_margin)  # type: ignore[arg-type]
@@ -71,8 +74,9 @@ class FlowConfig:
         self.flow_path()
         self.pyramid(8)
         self.densities()
-        if self.shifted_levels < 0:
-            raise ConfigError(f"shifted_levels must be at least 0, not {self.shifted_levels}")
+        for name in ("shifted_levels", "settling"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
 
 
 _SWITCHES = ("compile", "cuda_graphs")

@@ -20,6 +20,7 @@ from physformer_core.flow import DEFAULT_GUIDANCE
 from physformer_core.flow.guidance import Guidance
 from physformer_core.flow.path import LAST_MOMENT
 from physformer_core.flow.pyramid import LevelSize, Pyramid, picture_noise
+from physformer_core.flow.settling import settled
 from physformer_core.flow.shifted import predict_shifted
 from physformer_core.flow.solver import SolverSettings, integrate, steps_per_level
 from physformer_core.model.transformer import EncodedPrompt, PhysFormerTransformer2DModel
@@ -308,24 +309,39 @@ class PhysFormerPipeline(DiffusionPipeline):
                 output = output_at(z, shown, place)
             return output if path.prediction == "velocity" else pyramid.sample(coarse, output)
 
-        def velocity(z: Tensor, time: float) -> Tensor:
+        def guided(z: Tensor, time: float) -> Tensor:
             t = torch.full((batch,), time, device=device)
             prediction = predict(z, t, conditional)
             scale = guidance.at(time, size.level)
             if scale != 1:
                 prediction = guidance.combine(prediction, predict(z, t, unconditional), scale)
+            return prediction
+
+        def sample(z: Tensor, time: float) -> Tensor:
+            prediction = guided(z, time)
             if path.prediction == "velocity":
-                if coarse is None or guidance.detail == 1:
-                    return prediction
-                t = t.clamp(min=LAST_MOMENT)  # at the very start some paths' velocities say nothing of the sample
+                # At the very start some paths' velocities say nothing of the sample.
+                t = torch.full((batch,), max(time, LAST_MOMENT), device=device)
                 prediction = path.sample_of_velocity(prediction, z, t)
-            return path.velocity_of_sample(guidance.sharpen(prediction, coarse), z, t)
+            return guidance.sharpen(prediction, coarse)
+
+        def velocity(z: Tensor, time: float) -> Tensor:
+            if path.prediction == "velocity" and (coarse is None or guidance.detail == 1):
+                return guided(z, time)
+            moment = max(time, LAST_MOMENT) if path.prediction == "velocity" else time
+            t = torch.full((batch,), moment, device=device)
+            return path.velocity_of_sample(sample(z, time), z, t)
 
         def report(index: int, time: float, z: Tensor) -> None:
             if on_step is not None:
                 on_step(StepEvent(size.level, levels, index + 1, settings.steps, size, z))
 
-        return integrate(velocity, pyramid.start(coarse, noise), settings, report)
+        field = integrate(velocity, pyramid.start(coarse, noise), settings, report)
+        if previous is None and self.flow.settling:
+            draws = (f"settling {number}" for number in range(self.flow.settling))
+            noises = [self.prepare_noise(size, seeds, indices, draw).to(device) for draw in draws]
+            field = settled(sample, field, noises, path)
+        return field
 
     def postprocess(self, field: Tensor, height: int, width: int, output_type: str = "pil") -> Any:
         """Decodes a padded field and cuts the picture out of it.

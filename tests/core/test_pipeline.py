@@ -188,6 +188,27 @@ def test_predictions_of_the_first_levels_may_be_averaged(pipeline: PhysFormerPip
     torch.testing.assert_close(company[2][1:], both[2], atol=1e-5, rtol=0)
 
 
+def test_level_0_may_settle(pipeline: PhysFormerPipeline) -> None:
+    def levels(settling: int, **more: Any) -> list[torch.Tensor]:
+        pipeline.flow = dataclasses.replace(pipeline.flow, settling=settling)
+        found: list[torch.Tensor] = []
+        draw(pipeline, callback_on_level_end=lambda event: found.append(event.field), **more)
+        return found
+
+    plain, once, often = (levels(count)[0] for count in (0, 1, 6))
+    assert not torch.allclose(plain, once, atol=1e-3) and not torch.allclose(once, often, atol=1e-3)
+    assert torch.equal(often, levels(6)[0]), "its noise comes from the seed"
+    assert not torch.allclose(often, levels(6, seeds=8)[0], atol=1e-3)
+    company = levels(6, prompt=["two cats", "a bird in a cage"], seeds=[3, 7])
+    torch.testing.assert_close(company[0][1:], often, atol=1e-5, rtol=0)
+    # Levels that are given are taken as they are, and so is what finer ones make of them.
+    given = {0: plain}
+    assert torch.equal(levels(6, given_levels=given)[-1], levels(0, given_levels=given)[-1])
+    for prediction in ("velocity", "sample"):
+        pipeline.flow = dataclasses.replace(pipeline.flow, prediction=prediction)
+        assert np.isfinite(levels(2)[0].numpy()).all()
+
+
 def test_a_picture_that_is_not_finite_is_refused(pipeline: PhysFormerPipeline) -> None:
     with torch.no_grad():
         bias = pipeline.transformer.final_layer.proj_out.bias
