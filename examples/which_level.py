@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--concepts", default="everyday", help="of prompts of one subject")
     parser.add_argument("--relations", action="store_true", help="prompts of two things instead")
     parser.add_argument("--side", type=int, default=256, help="a power of two times 32")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts and their scenes")
     options = parser.parse_args()
 
     device = resolve_device("auto")
@@ -47,9 +48,9 @@ def main() -> None:
 
         judge = Judge(extractor, load_classifier(extractor, progress=tell))
     if options.relations:
-        cases = relation_cases(options.num, 0, aspect=1.0)
+        cases = relation_cases(options.num, options.seed, aspect=1.0)
     else:
-        cases = single_cases(options.num, 0, aspect=1.0, concepts=chosen_concepts(options.concepts))
+        cases = single_cases(options.num, options.seed, aspect=1.0, concepts=chosen_concepts(options.concepts))
     scenes = [np.asarray(render_svg(case.scene.svg, options.side, options.side)) for case in cases]
     sizes = pipeline.level_sizes(options.side, options.side)
     for levels in range(len(sizes)):

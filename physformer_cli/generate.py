@@ -85,7 +85,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="N[,N...]",
-            help=f"Steps at the coarsest level ({DEFAULT_STEPS[0]}; finer ones in proportion), or one number per "
+            help=f"Steps at the coarsest level ({DEFAULT_STEPS[0]}), or one number per "
             f"level: {_STEPS}, the last for all beyond.",
             rich_help_panel=_HOW,
         ),

@@ -238,7 +238,7 @@ def parse_seeds(texts: Sequence[str]) -> list[int]:
 
 
 def parse_steps(text: str) -> int | tuple[int, ...]:
-    """Steps from `20` (finer levels in proportion) or `20,4,4,2` (one per level).
+    """Steps from `20` (of the coarsest level) or `20,4,4,2` (one per level).
 
     Raises:
         ConfigError: A part is not a number from 1 to `MAX_STEPS`.

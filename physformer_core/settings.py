@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "aspect": Setting(str, "16:9", "width:height"),
         "width": Setting(int, 1280, "pixels"),
         "height": Setting(int, 720, "pixels"),
-        "steps": Setting(int, [10, 2, 2, 1], "steps of the solver for each level, or for the coarsest", several=True),
+        "steps": Setting(int, [5, 1], "steps of the solver for each level, or for the coarsest", several=True),
         "guidance": Setting(float, 2.0, "how strongly to follow the prompt"),
         "detail": Setting(float, 1.1, "how much detail finer levels add"),
         "solver": Setting(str, "heun", "the solver of the flow"),

@@ -142,8 +142,8 @@ def steps_per_level(steps: int | Sequence[int] | None, levels: int) -> list[int]
     """Steps of every level from what the user gave.
 
     Args:
-        steps: None for `DEFAULT_STEPS`; a number for level 0, finer levels in the default's proportion; or one
-            number per level, the last of which serves all levels beyond.
+        steps: None for `DEFAULT_STEPS`; a number for level 0, with the default's at finer levels; or one number per
+            level, the last of which serves all levels beyond.
         levels: Number of levels.
 
     Raises:
@@ -152,7 +152,7 @@ def steps_per_level(steps: int | Sequence[int] | None, levels: int) -> list[int]
     if steps is None:
         given = list(DEFAULT_STEPS)
     elif isinstance(steps, int):
-        given = [steps, *(max(1, round(steps * fine / DEFAULT_STEPS[0])) for fine in DEFAULT_STEPS[1:])]
+        given = [steps, *DEFAULT_STEPS[1:]]
     else:
         given = list(steps)
     if not given or min(given) < 1:

@@ -201,7 +201,7 @@ def test_quiet_and_no_record(generate):
 def test_a_dry_run_writes_nothing(generate):
     ending = generate("a cat", "-n", "3", "--dry-run", "-o", "new/folder/", "--res", "720p", size=())
     assert ending.code == 0 and everything() == [] and not Path("new").exists()
-    assert ending.out.count("1280x720") == 3 and "10,2,2,1,1,1" in ending.out and "would draw 3 pictures" in ending.err
+    assert ending.out.count("1280x720") == 3 and "5,1,1,1,1,1" in ending.out and "would draw 3 pictures" in ending.err
 
 
 def test_a_dry_run_tells_the_names_that_are_free(generate):

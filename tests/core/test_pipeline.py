@@ -278,9 +278,9 @@ def test_levels_that_are_given_are_not_drawn(pipeline: PhysFormerPipeline) -> No
 
 
 def test_steps_per_level() -> None:
-    assert steps_per_level(None, 6) == [10, 2, 2, 1, 1, 1]
+    assert steps_per_level(None, 6) == [5, 1, 1, 1, 1, 1]
     assert steps_per_level(None, 1) == [DEFAULT_STEPS[0]]
-    assert steps_per_level(40, 5) == [40, 8, 8, 4, 4]
+    assert steps_per_level(40, 5) == [40, 1, 1, 1, 1]
     assert steps_per_level(1, 3) == [1, 1, 1]
     assert steps_per_level([9, 2], 4) == [9, 2, 2, 2]
     for wrong in (0, -5, [], [3, 0]):
