@@ -5,7 +5,7 @@ DEFAULT_STEPS = (5, 1)
 A second step at a finer level, from halfway on, makes something of what the network is not sure of, and pairs of things
 are recognised less often."""
 
-DEFAULT_DETAIL = 1.1
+DEFAULT_DETAIL = 1.15
 """Factor of the detail that finer levels add: with it the shipped checkpoint's edges have the power of real scenes'
 (docs/results.md)."""
 
