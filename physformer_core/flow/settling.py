@@ -16,7 +16,7 @@ from physformer_core.flow.path import FlowPath
 
 SETTLING_TIME = 0.7
 """Flow time that the field is taken back to: later the noise changes nothing, earlier it hides what was drawn. Accuracy
-was alike at 0.5 and 0.7 and less at 0.85 (docs/results.md)."""
+was alike at 0.5 and 0.7 and less at 0.85 (docs/training-log.md)."""
 
 
 def settled(
