@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from physformer_cli import console
+from physformer_cli import console, data_redraw
 
 if TYPE_CHECKING:
     from physformer_core.data.preprocess import PreprocessConfig
@@ -293,6 +293,9 @@ def preprocess(
         manifest_sha256=manifest_sha256,
         as_json=as_json,
     )
+
+
+data_app.command("redraw")(data_redraw.redraw)
 
 
 @data_app.command("show")

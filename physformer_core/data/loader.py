@@ -298,9 +298,12 @@ class BatchStream:
             field_bchw = field_bchw.mul_(2 / 255).sub_(1)
         coarse_bchw = None
         if kind == "crop":
-            half_bchw = F.avg_pool2d(field_bchw, 2)
-            if not spec.is_pixels:
+            if groups[0].has_coarse:
                 half_bchw = self._fields(groups, windows.halved(), coarse=True)
+                if spec.is_pixels:
+                    half_bchw = half_bchw.mul_(2 / 255).sub_(1)
+            else:
+                half_bchw = F.avg_pool2d(field_bchw, 2)
             inner = (..., slice(margin, -margin), slice(margin, -margin))
             coarse_bchw = Pyramid.upsample(half_bchw)[inner].contiguous()
             field_bchw = field_bchw[inner].contiguous()

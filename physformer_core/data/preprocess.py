@@ -29,6 +29,7 @@ from physformer_core.data.set_folder import (
     remove_half_written,
     write_json,
 )
+from physformer_core.data.shard_set import REDRAWN
 from physformer_core.data.shards import chunk_record, write_shards
 from physformer_core.data.workers import Progress
 from physformer_core.errors import ConfigError, DataError
@@ -112,6 +113,8 @@ def preprocess(
             manifest = _manifest(key, config, field, source, captions, chunks, scan)
             if not any(shard["kind"] == "base" for shard in manifest["shards"]):
                 raise DataError(f"no example of {raw} could be used: {manifest['refused']['examples']}")
+            if done is not None and REDRAWN in done:  # of the same pictures, and as whole as it was
+                manifest[REDRAWN] = done[REDRAWN]
             write_json(output / "manifest.json", manifest, indent=1)
             shutil.rmtree(partial, ignore_errors=True)
     finally:
@@ -176,7 +179,7 @@ def _make_way(output: Path, key: str, *, overwrite: bool) -> None:
             hint="choose another output folder, or replace that set with overwrite (--overwrite)",
         )
     manifest_path.unlink(missing_ok=True)  # first: without it the rest is no set
-    for pattern in ("base-*.arrow", "crop-*.arrow", "captions.arrow"):
+    for pattern in ("base-*.arrow", "crop-*.arrow", "coarse-*.arrow", "captions.arrow"):
         for path in output.glob(pattern):
             path.unlink()
     shutil.rmtree(output / PARTIAL, ignore_errors=True)

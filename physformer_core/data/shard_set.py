@@ -17,6 +17,9 @@ from physformer_core.data.set_folder import PARTIAL, SHARDS_FORMAT, is_whole, re
 from physformer_core.errors import DataError
 from physformer_core.files import sha256_file
 
+REDRAWN = "redrawn"
+"""Key of a manifest under which it is told what a model redrew."""
+
 TOKEN_MULTIPLE = 8  # keeps tensor shapes few (compilers) and aligned (kernels)
 
 
@@ -84,6 +87,8 @@ class Group:
     Attributes:
         size: (height, width) of the stored fields.
         first: Row of the group's first example within the kind.
+        has_coarse: Whether it is stored what crops are one level down: of latents, and where a model redrew it
+            (`training.redraw`). Of other pixels it is their average.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class Group:
         entries: list[dict[str, Any]],
         first: int,
         field: FieldSpec,
+        redrawn: dict[str, dict[str, Any]],
     ) -> None:
         self.kind = kind
         self.size = size
@@ -105,9 +111,16 @@ class Group:
             if file.count != entry["count"]:
                 raise DataError(f"{folder / entry['name']} has {file.count} examples, not {entry['count']}")
         height, width = size
-        self._fields = self._views("pixels" if field.is_pixels else "latents", height, width)
-        # Of pixels the loader takes averages instead.
-        self._coarse = [] if field.is_pixels or kind == "base" else self._views("coarse", height // 2, width // 2)
+        self._fields = self._views("pixels" if field.is_pixels else "latents", height, width, self.files)
+        coarse_files = self.files
+        if redrawn and kind == "crop":
+            coarse_files = [Arrow(folder / redrawn[entry["name"]]["name"]) for entry in entries]
+            for file, coarse in zip(self.files, coarse_files, strict=True):
+                if not np.array_equal(file.starts, coarse.starts):
+                    raise DataError(f"{folder}: what was redrawn is not of these examples", hint="redraw the set again")
+        # Of pixels the loader takes averages, unless they were redrawn.
+        self.has_coarse = kind == "crop" and (bool(redrawn) or not field.is_pixels)
+        self._coarse = self._views("coarse", height // 2, width // 2, coarse_files) if self.has_coarse else []
         self.class_label = np.concatenate([file.numbers("class_label", -1) for file in self.files])
         lists = [batch.column("captions") for file in self.files for batch in file.batches]
         self.caption_rows = np.concatenate([part.flatten().to_numpy() for part in lists])
@@ -137,7 +150,7 @@ class Group:
 
     @property
     def coarse_size(self) -> tuple[int, int]:
-        """(height, width) of what crops of latents are one level down."""
+        """(height, width) of what crops are one level down."""
         return self.size[0] // 2, self.size[1] // 2
 
     def stored(self, *, coarse: bool = False) -> Iterator[np.ndarray]:
@@ -152,19 +165,19 @@ class Group:
         return self._fields[index][part][inside]
 
     def coarse(self, row: int) -> np.ndarray:
-        """A view of what a crop of latents is one level down: float16 [height / 2, width / 2, channels]."""
+        """A view of what a crop is one level down, where that is stored: [height / 2, width / 2, channels]."""
         index, inside = self.locate(row)
         part, inside = self.files[index].locate(inside)
         return self._coarse[index][part][inside]
 
-    def _views(self, name: str, height: int, width: int) -> list[list[np.ndarray]]:
+    def _views(self, name: str, height: int, width: int, files: list[Arrow]) -> list[list[np.ndarray]]:
         shape = (-1, height, width, self._spec.channels)
 
         def view(column: pa.FixedSizeBinaryArray) -> np.ndarray:
             flat = np.frombuffer(column.buffers()[1], self._spec.dtype)
             return flat.reshape(shape)[column.offset : column.offset + len(column)]
 
-        return [[view(batch.column(name)) for batch in file.batches] for file in self.files]
+        return [[view(batch.column(name)) for batch in file.batches] for file in files]
 
 
 class ShardSet:
@@ -173,6 +186,7 @@ class ShardSet:
     Args:
         folder: Where it is.
         verify: Also compare every file's SHA-256 with the manifest's (reads everything once).
+        redrawn: Read what a model redrew (`training.redraw`), if one did; False opens the set as it was preprocessed.
 
     Attributes:
         manifest: As `preprocess` wrote it.
@@ -183,16 +197,19 @@ class ShardSet:
         DataError: It is not a preprocessed set, not a finished one, or damaged.
     """
 
-    def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, verify: bool = False, redrawn: bool = True) -> None:
         self.folder = Path(folder)
         self.manifest = self._read_manifest()
-        entries = [*self.manifest["shards"], self.manifest["captions"]]
-        for entry in entries:
+        coarse = self.manifest.get(REDRAWN, {}).get("files", []) if redrawn else []
+        self._redrawn: dict[str, dict[str, Any]] = {entry["of"]: entry for entry in coarse}
+        for entry in [*self.manifest["shards"], self.manifest["captions"], *coarse]:
             path = self.folder / entry["name"]
             if not is_whole(self.folder, entry):
                 raise DataError(
                     f"{path} is {'cut short' if path.is_file() else 'missing'}",
-                    hint="run the same preprocessing again: it makes only what is missing",
+                    hint="redraw the set again"
+                    if "of" in entry
+                    else "run the same preprocessing again: it makes only what is missing",
                 )
             if verify and sha256_file(path) != entry["sha256"]:
                 raise DataError(f"{path} is damaged", hint="delete it and run the same preprocessing again")
@@ -208,8 +225,8 @@ class ShardSet:
 
     @property
     def key(self) -> str:
-        """Identifies configuration, source and encoder."""
-        return str(self.manifest["key"])
+        """Identifies configuration, source and encoder, and what was redrawn."""
+        return str((self.manifest[REDRAWN] if self._redrawn else self.manifest)["key"])
 
     @property
     def encoder(self) -> dict[str, str]:
@@ -231,9 +248,13 @@ class ShardSet:
         first = 0
         for size in self.sizes(kind, split):
             entries = [e for e in self._entries(kind, split) if (e["height"], e["width"]) == size]
-            groups.append(Group(self.folder, kind, size, entries, first, self.field))
+            groups.append(Group(self.folder, kind, size, entries, first, self.field, self._redrawn))
             first += groups[-1].count
         return tuple(groups)
+
+    def group_of(self, entry: dict[str, Any]) -> Group:
+        """The examples of one shard of the manifest, as they were preprocessed."""
+        return Group(self.folder, entry["kind"], (entry["height"], entry["width"]), [entry], 0, self.field, {})
 
     def example_key(self, kind: str, index: int, split: str = "train") -> str:
         """The raw set's key of an example, by a batch's `indices`."""
@@ -272,7 +293,8 @@ class ShardSet:
     def resident_bytes(self, split: str) -> int:
         """Bytes of a split's fields and of all captions' embeddings."""
         shards = [entry for entry in self.manifest["shards"] if entry["split"] == split]
-        files = [self.folder / entry["name"] for entry in [*shards, self.manifest["captions"]]]
+        redrawn = [self._redrawn[entry["name"]] for entry in shards if entry["name"] in self._redrawn]
+        files = [self.folder / entry["name"] for entry in [*shards, *redrawn, self.manifest["captions"]]]
         return sum(path.stat().st_size for path in files)
 
     def _entries(self, kind: str, split: str) -> list[dict[str, Any]]:

@@ -126,6 +126,42 @@ def test_preprocess_without_a_raw_set(physformer, tmp_path):
     assert last_run().status == "failed"
 
 
+def test_redraw(physformer, scene_set, tiny_checkpoint, tmp_path):
+    shutil.copytree(scene_set, "set")
+    command = ("data", "redraw", "set", "--checkpoint", tiny_checkpoint, "--seed", 4)
+    code, out, err = physformer(*command, "--json")
+    assert code == 0 and "redrawing level 0: " in err
+    result = json.loads(out)
+    assert result["fresh"] and 0 < result["count"] < 60
+    record = last_run()
+    assert record.command == "data redraw" and record.seeds == [4]
+    assert record.checkpoint_sha256 == result["checkpoint"] and record.data_sha256 != result["manifest_sha256"]
+    assert result["manifest_sha256"] == sha256_file("set/manifest.json")
+    code, out, err = physformer(*command)
+    assert (code, out) == (0, "") and err == "nothing to do: set was redrawn by this checkpoint\n"
+    code, out, _ = physformer("runs", "replay", record.id)
+    count = len(record.outputs)
+    assert code == 0 and out == f"agrees: {count} of {count} outputs have the same bytes\n"
+
+
+def test_redraw_a_copy(physformer, scene_set, tiny_checkpoint):
+    before = {path.name: sha256_file(path) for path in scene_set.iterdir()}
+    command = ("data", "redraw", scene_set, "--checkpoint", tiny_checkpoint, "--output", "copy")
+    code, _, err = physformer(*command)
+    assert code == 0 and "crops of copy" in err
+    assert before == {path.name: sha256_file(path) for path in scene_set.iterdir()}
+    assert physformer(*command)[2] == "nothing to do: copy was redrawn by this checkpoint\n"
+
+
+@pytest.mark.parametrize("what", ["raw", "nothing"])
+def test_redraw_refuses(physformer, scene_raw, tiny_checkpoint, tmp_path, what):
+    folder = scene_raw if what == "raw" else tmp_path / "none"
+    code, out, err = physformer("data", "redraw", folder, "--checkpoint", tiny_checkpoint)
+    assert code == 1 and out == "" and "hint: " in err
+    assert ("is not of the format" if what == "raw" else "has no manifest.json") in err
+    assert last_run().status == "failed"
+
+
 def test_show(physformer, scene_raw, scene_set, tmp_path):
     code, out, _ = physformer("data", "show", scene_raw, "--count", 10, "--columns", 5, "--json")
     assert code == 0 and json.loads(out)["count"] == 10
