@@ -25,6 +25,7 @@ from physformer_core.errors import CheckpointError, DataError, DeviceError
 from physformer_core.files import sha256_file
 from physformer_core.flow.pyramid import Pyramid
 from physformer_core.pipeline import PhysFormerPipeline
+from physformer_core.training.redraw import redraw
 from physformer_core.training.trainer import Trainer
 
 Make = Callable[..., dict[str, Any]]
@@ -139,13 +140,31 @@ def test_batches_of_latents(latents: Path) -> None:
         assert torch.allclose(upsampled[:, top : top + 32, left : left + 32], crop.coarse_bchw[i], atol=1e-6)
 
 
-def test_a_set_of_latents_trains_and_draws(latents: Path, tmp_path: Path, autoencoder: Path) -> None:
+def trained(latents: Path, folder: Path) -> PhysFormerPipeline:
     config = load_preset("debug").override("training", steps=2, checkpoint_every=2, crop_size=32, batch_size=2)
-    trainer = Trainer(config, latents, tmp_path / "run", device="cpu")
+    trainer = Trainer(config, latents, folder, device="cpu")
     assert trainer.run() and trainer.model.config.in_channels == 4
-    drawn = PhysFormerPipeline.from_pretrained(next((tmp_path / "run" / "checkpoints").glob("step-*")))
+    return PhysFormerPipeline.from_pretrained(next((folder / "checkpoints").glob("step-*")))  # type: ignore[no-any-return]
+
+
+def test_a_set_of_latents_trains_and_draws(latents: Path, tmp_path: Path, autoencoder: Path) -> None:
+    drawn = trained(latents, tmp_path / "run")
     assert drawn.config.codec_name == str(autoencoder)
     assert drawn("two things", height=64, width=96, num_inference_steps=1).images[0].size == (96, 64)
+
+
+def test_latents_are_redrawn(latents: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(latents, tmp_path / "set")
+    pipeline = trained(latents, tmp_path / "run")
+    redraw(folder, pipeline, checkpoint_sha256="one")
+    for before, after in zip(
+        ShardSet(latents).groups("crop", "train"), ShardSet(folder).groups("crop", "train"), strict=True
+    ):
+        same = [np.array_equal(before.coarse(row), after.coarse(row)) for row in range(before.count)]
+        assert same == (before.level != 1).tolist() and {True, False} == set(same)
+        assert after.coarse(0).dtype == np.float16 and after.coarse(0).shape == before.coarse(0).shape
+    batch = BatchStream(ShardSet(folder), seed=0, batch_size=2, crop_fraction=1.0, crop_size=32).batch(0)
+    assert batch.coarse_bchw is not None and torch.isfinite(batch.coarse_bchw).all()
 
 
 def test_a_sheet_of_latents_shows_pictures(latents: Path) -> None:

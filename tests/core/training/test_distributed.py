@@ -208,6 +208,26 @@ def test_an_overflow_on_one_rank_is_every_ranks(scene_set, tmp_path, parallel):
     assert [json.loads((tmp_path / f"scale-{rank}").read_text()) for rank in range(2)] == [[1, 2.0**15]] * 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_frozen_weights_stay_in_every_process(scene_set, tmp_path, parallel):
+    frozen = {"freeze": "text_,null_,base.", "crop_fraction": 1.0}
+    alone = trained(scene_set, tmp_path / "alone", **frozen)
+    run = {"data": scene_set, "folder": tmp_path / "two", "options": OPTIONS | frozen | {"parallel": parallel}}
+    codes, err = in_processes({"ranks": 2, **run})
+    assert codes == [[0, 0]], err
+    assert distance(last(alone), last(tmp_path / "two")) < WEIGHT_TOLERANCE
+    steps = [
+        load_file(folder / "checkpoints" / name / WEIGHTS)
+        for folder in (alone, tmp_path / "two")
+        for name in ("step-00000002", "step-00000004")
+    ]
+    stay = {key for key in steps[0] if key.startswith(("text_", "null_", "base."))}
+    assert 0 < len(stay) < len(steps[0])
+    for key in steps[0]:
+        assert all(torch.equal(steps[0][key], step[key]) for step in steps[1:]) == (key in stay), key
+
+
 def test_a_users_fault_is_told_once(scene_set, tmp_path):
     command = ["train", "--preset", "debug", "--no-record", "--device", "cpu", "--output", tmp_path / "run"]
     (tmp_path / "0").symlink_to(scene_set)
