@@ -13,8 +13,8 @@ import typer
 
 from physformer_cli import console
 from physformer_cli.generate_plan import Options, Plan, check_combinations, make_plan
-from physformer_cli.interruptions import held_back
 from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE, DEFAULT_STEPS
+from physformer_core.interruptions import held_back
 
 if TYPE_CHECKING:
     from physformer_core.batching import PictureRequest

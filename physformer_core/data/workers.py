@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 from physformer_core.errors import DataError
+from physformer_core.interruptions import held_back
 
 
 class Progress(Protocol):
@@ -40,6 +42,27 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextlib.contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started inside never hear Ctrl-C, which a terminal sends to all, not even while they still import.
+
+    They inherit that it is blocked. Here it is heard once this ends. Where signals have no masks (Windows) nothing
+    changes.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Before Python 3.12 it unblocks the signal when it starts, which is with the first process.
+    multiprocessing.resource_tracker.ensure_running()
+    # Held back, too: blocked here, it may reach another thread, and Python would raise it here all the same.
+    with held_back():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Stopped(Exception):
     """Raised in a worker when the parent no longer wants the result."""
 
@@ -48,7 +71,7 @@ _shared: dict[str, Any] = {}
 
 
 def _start_worker(counter: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and says stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and says stop; where it cannot be blocked
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _shared.update(counter=counter, stop=stop)
 
@@ -123,7 +146,8 @@ def run_tasks(
         workers, mp_context=context, initializer=_start_worker, initargs=(counter, stop)
     ) as executor:
         try:
-            pending: set[Future[None]] = {executor.submit(_call_in_worker, function, task) for task in tasks}
+            with deaf_to_ctrl_c():
+                pending: set[Future[None]] = {executor.submit(_call_in_worker, function, task) for task in tasks}
             while pending:
                 finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -133,7 +157,7 @@ def run_tasks(
             raise _died() from error
         except BaseException:
             stop.set()
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(cancel_futures=True)  # and wait: processes that just start need what is shared
             raise
 
 
@@ -202,9 +226,12 @@ def run_stream(
             while more or pending:
                 while more and len(pending) < workers + 2:
                     try:
-                        pending.add(executor.submit(_call_in_worker, function, next(waiting)))
+                        task = next(waiting)
                     except StopIteration:
                         more = False
+                        break
+                    with deaf_to_ctrl_c():
+                        pending.add(executor.submit(_call_in_worker, function, task))
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     finished(future.result())
@@ -213,5 +240,5 @@ def run_stream(
             raise _died() from error
         except BaseException:
             stop.set()
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(cancel_futures=True)  # and wait: processes that just start need what is shared
             raise

@@ -12,6 +12,7 @@ from typing import Any
 
 from physformer_core.data.scenes.composer import check_aspect, check_pair_share, compose_scene
 from physformer_core.data.set_folder import RAW_FORMAT, read_json, remove_half_written, write_json
+from physformer_core.data.workers import deaf_to_ctrl_c
 from physformer_core.errors import DataError
 from physformer_core.files import atomic_write, output_error, sha256_file
 
@@ -190,9 +191,11 @@ def fetch_scenes(
     else:
         # Not forked: the caller may hold threads (a progress bar, a numeric library).
         # They leave Ctrl-C to this process, which ends them.
-        with multiprocessing.get_context("spawn").Pool(
-            min(workers, len(waiting)), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-        ) as pool:
+        with deaf_to_ctrl_c():
+            started = multiprocessing.get_context("spawn").Pool(
+                min(workers, len(waiting)), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+            )
+        with started as pool:
             for path, rows in pool.imap_unordered(_write_file, waiting):
                 note(path, rows)
     files = [{"name": Path(job[0]).name, "sha256": sha256_file(job[0]), "count": job[3] - job[2]} for job in jobs]

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from physformer_cli.interruptions import held_back
+from physformer_core.interruptions import held_back
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
