@@ -45,6 +45,28 @@ def test_which_level(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def blind_test(*arguments: str, folder: Path, said: str = "") -> str:
+    command = [sys.executable, str(EXAMPLES / "blind_test.py"), *arguments]
+    done = subprocess.run(command, cwd=folder, input=said, capture_output=True, text=True, timeout=1750, check=True)
+    return done.stdout
+
+
+def test_sheets_of_the_blind_test_tell_nothing(tmp_path: Path) -> None:
+    blind_test("draw", "blind", "--num", "1", "--relations", "2", "--size", "64x64", folder=tmp_path)
+    written = sorted(path.name for path in (tmp_path / "blind").iterdir())
+    assert written == ["000.png", "001.png", "002.png", "answers.txt", "asked.json", "sheet-00.png"]
+    assert (tmp_path / "blind" / "answers.txt").read_text() == "0: \n1: \n2: \n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # the judge has to be fitted first where it never was
+def test_answers_of_the_blind_test_are_counted(tmp_path: Path) -> None:
+    blind_test("draw", "blind", "--num", "1", "--relations", "2", folder=tmp_path)
+    (tmp_path / "blind" / "answers.txt").write_text("0: something\n1: \n2: a dog\n")
+    told = blind_test("score", "blind", folder=tmp_path, said="y\nn\n").splitlines()
+    assert "single subjects: 100% of 1 told" in told[-2] and "pairs, cages: 0% of 2 told" in told[-1]
+
+
 @pytest.mark.slow
 def test_the_whole_way_goes_on_where_it_was(tmp_path: Path) -> None:
     script, told = EXAMPLES / "train_nano.sh", {"PRESET": "debug", "SCENES": "60", "BATCH": "4", "PROMPTS": "0"}

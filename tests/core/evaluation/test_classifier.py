@@ -48,7 +48,7 @@ def test_it_is_kept_under_a_key_of_all_it_depends_on(tiny_extractor, few_views, 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("VIEWS", ("single",)), ("SIDES", (32,)), ("CLASSIFIER_SEED", 1), ("WINDOW_SIDES", (0.5,)), ("SCENES_VERSION", 0),
-     ("_WEIGHT_DECAY", 0.1), ("_BLUR", (0.0, 1.0))],
+     ("_WEIGHT_DECAY", 0.1), ("_BLUR", (0.0, 1.0)), ("_BENT", (0.0, 1.0))],
 )  # fmt: skip
 def test_another_recipe_has_another_key(tiny_extractor, few_views, monkeypatch, name, value):
     before = classifier_module._key(tiny_extractor, SOME)
@@ -115,6 +115,24 @@ def test_each_view_shows_what_it_is_labelled_with(few_views):
         for row in rows.values()
         for window in classifier_module._windows(SOME, rows, row, 3)
     )
+
+
+def test_an_unsteady_hand_bends_and_smears(monkeypatch):
+    lines = np.indices((128, 128)).sum(0) // 8 % 2 * 255
+    picture = np.repeat(lines[..., None], 3, axis=2).astype(np.uint8)
+
+    def worse(**amounts):
+        for name in ("_BENT", "_SMEAR", "_BLUR", "_NOISE"):
+            monkeypatch.setattr(classifier_module, name, (amounts.get(name, 0),) * 2)
+        return classifier_module._worse(picture, 1.0, np.random.default_rng(3)).astype(int)
+
+    assert np.abs(worse() - picture).mean() < 1  # parts that are not moved are interpolated all the same
+    bent = worse(_BENT=3)
+    assert np.abs(bent[0] - picture[0]).mean() < 10, "the edge stays where it is"
+    assert 10 < np.abs(bent - picture).mean() < 100 and np.ptp(bent[40:90, 40:90]) > 250
+    smeared = np.abs(worse(_SMEAR=4) - picture).mean(2)
+    assert 0.1 < (smeared < 1).mean() < 0.9, "in places, not everywhere"
+    assert np.abs(worse(_SMEAR=4) - worse(_SMEAR=4)).max() == 0
 
 
 def test_efficientnet_names_real_scenes_and_sees_cages(monkeypatch):
