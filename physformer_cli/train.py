@@ -388,6 +388,8 @@ def _announce(trainer: Trainer, data: Path) -> None:
         f"{settings.batch_size} from {shards.count('base')} pictures and {shards.count('crop')} crops"
         + ("" if trainer.ranks.alone else f", {trainer.ranks.world_size} processes ({trainer.parallel})")
     )
+    if shards.redrawn_by is not None:
+        console.say(f"crops of level 1 start from level 0 as checkpoint {shards.redrawn_by[:12]} drew it (data redraw)")
     if (reason := kernels_missed(trainer.device, trainer.dtype)) is not None:
         kind = "Triton" if trainer.device.type == "cuda" else "C"
         console.warn(f"kernels in {kind} do not run, so training is several times slower: {reason}")

@@ -229,6 +229,11 @@ class ShardSet:
         return str((self.manifest[REDRAWN] if self._redrawn else self.manifest)["key"])
 
     @property
+    def redrawn_by(self) -> str | None:
+        """SHA-256 of the checkpoint that redrew level 0 of its crops (`training.redraw`), if one did."""
+        return str(self.manifest[REDRAWN]["checkpoint"]) if self._redrawn else None
+
+    @property
     def encoder(self) -> dict[str, str]:
         """Name and sha256 of the text encoder that the captions were read by."""
         return dict(self.manifest["captions"]["encoder"])

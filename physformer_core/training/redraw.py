@@ -61,7 +61,8 @@ def redraw(
     """Stores beside a preprocessed set what crops of level 1 would be one level down, had `pipeline` drawn it.
 
     The files of the set stay as they are; its manifest names the new ones, and a trainer reads them from then on. What
-    an interrupted call finished is kept. Redrawn once more by another checkpoint, the files are replaced.
+    an interrupted call finished is kept. By another checkpoint the files are replaced; interrupted in that, the set is
+    as it was preprocessed.
 
     Args:
         folder: The set.
@@ -98,8 +99,11 @@ def redraw(
     if not entries:
         raise DataError(f"{shards.folder} has no crops", hint="preprocess it with --crops-per-example 1")
     total, done, count, files = sum(entry["count"] for entry in entries), 0, 0, []
+    plain = {name: value for name, value in shards.manifest.items() if name != REDRAWN}
     with sole_writer(shards.folder):
         remove_half_written(shards.folder)
+        if known:  # its files are replaced one by one: until the last is, the set is as it was preprocessed
+            write_json(shards.folder / "manifest.json", plain, indent=1)
         for entry in entries:
             drawer = _Drawer(shards, pipeline, entry, seed)
 
@@ -112,7 +116,7 @@ def redraw(
             count += files[-1]["redrawn"]
             done += entry["count"]
         told = {"key": key, "checkpoint": checkpoint_sha256, "seed": seed, "count": count, "files": files}
-        write_json(shards.folder / "manifest.json", {**shards.manifest, REDRAWN: told}, indent=1)
+        write_json(shards.folder / "manifest.json", {**plain, REDRAWN: told}, indent=1)
         shutil.rmtree(shards.folder / PARTIAL)
     if progress is not None:
         progress(total, total)

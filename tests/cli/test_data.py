@@ -139,6 +139,9 @@ def test_redraw(physformer, scene_set, tiny_checkpoint, tmp_path):
     assert result["manifest_sha256"] == sha256_file("set/manifest.json")
     code, out, err = physformer(*command)
     assert (code, out) == (0, "") and err == "nothing to do: set was redrawn by this checkpoint\n"
+    options = ("--steps", 1, "--batch-size", 2, "--output", "run", "--no-record")
+    code, _, err = physformer("train", "--preset", "debug", "--data-dir", "set", *options)
+    assert code == 0 and f"as checkpoint {result['checkpoint'][:12]} drew it" in err
     code, out, _ = physformer("runs", "replay", record.id)
     count = len(record.outputs)
     assert code == 0 and out == f"agrees: {count} of {count} outputs have the same bytes\n"

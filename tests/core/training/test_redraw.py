@@ -156,6 +156,22 @@ def test_what_was_finished_is_kept(plain: Path, redrawn: Path, pipeline: PhysFor
     assert other["fresh"] and contents(folder) != contents(redrawn)
 
 
+def test_a_set_that_is_redrawn_anew_is_never_half_of_each(
+    plain: Path, redrawn: Path, pipeline: PhysFormerPipeline
+) -> None:
+    before = contents(redrawn)
+
+    def stop(done: int, of: int) -> None:
+        if contents(redrawn) != before:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        redraw(redrawn, pipeline, checkpoint_sha256="two", seed=6, progress=stop)
+    assert ShardSet(redrawn).key == ShardSet(plain).key and ShardSet(redrawn).redrawn_by is None
+    redraw(redrawn, pipeline, checkpoint_sha256="two", seed=6)
+    assert ShardSet(redrawn, verify=True).redrawn_by == "two"
+
+
 def test_a_lost_file_is_told_and_made_again(redrawn: Path, pipeline: PhysFormerPipeline) -> None:
     before = contents(redrawn)
     lost = next(iter(sorted(redrawn.glob("coarse-*.arrow"))))
