@@ -64,7 +64,8 @@ def score(folder: Path) -> None:
     answers = [line.split(":", 1)[1].strip() for line in (folder / "answers.txt").read_text().splitlines()]
     right = []
     for number, (case, answer) in enumerate(zip(cases, answers, strict=True)):
-        reply = input(f"{number}: {answer} | asked for: {case.prompt} | right? [y/n] ") if answer else "n"
+        question = f"{number}: {answer} | asked for: {case.prompt} | right? [y/n] "
+        reply = Console(stderr=True).input(question, markup=False) if answer else "n"
         right.append(reply.strip().lower().startswith("y"))
     extractor = load_extractor("efficientnet", None, resolve_device("auto"))
     with Progress(console=Console(stderr=True)) as bars:
