@@ -70,7 +70,7 @@ def train(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Number format of products: fp32, bf16, fp16 (scales the loss), or auto: bf16 where the hardware has "
+            help="Number format of products: fp32, bf16, fp16 (scales the loss), or auto: bf16 on GPUs that have "
             "it. Weights are float32 in all of them.",
             show_default="auto",
         ),

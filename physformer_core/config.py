@@ -106,7 +106,7 @@ class TrainConfig:
         warmup_fraction: Share of steps of linear warm-up from a tenth of the peak; then a cosine to a tenth.
         prompt_dropout: Share of prompts replaced by the learned null prompt.
         ema_decay: Of the averaged weights.
-        dtype: Arithmetic: ``auto`` is bfloat16 where the hardware has it, float32 elsewhere; ``fp16`` scales the loss.
+        dtype: Arithmetic: ``auto`` is bfloat16 on GPUs that have it, float32 elsewhere; ``fp16`` scales the loss.
             Weights are float32.
         compile: Whether blocks are compiled: ``on``, ``off``, or ``auto``: where that makes steps faster, which is
             not where kernels in C (float32 on a CPU) or in Triton (CUDA) run. In a file also false, which is off, and

@@ -54,13 +54,16 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called ``name``; ``auto`` takes bfloat16 where it is fast and float32 elsewhere.
+    """The dtype called ``name``; ``auto`` takes bfloat16 on GPUs where it is fast and float32 elsewhere.
+
+    On CPUs float32 even where bfloat16 is in hardware: our kernels in C are for it, small networks are as fast with it
+    or faster (docs/performance.md), nothing is compiled first, and a picture has the same bytes on more machines.
 
     Raises:
         DeviceError: If the name is unknown.
     """
     if name == "auto":
-        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+        return torch.bfloat16 if device.type != "cpu" and has_fast_bfloat16(device) else torch.float32
     if name not in DTYPES:
         raise DeviceError(f"unknown dtype '{name}'", hint="one of auto, " + ", ".join(DTYPES))
     return DTYPES[name]

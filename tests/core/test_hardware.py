@@ -1,4 +1,4 @@
-"""What the machine is asked to do: memory that was freed is kept."""
+"""What the machine is asked to do: memory that was freed is kept, and products are in the format that suits it."""
 
 import os
 import subprocess
@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from physformer_core.hardware import resolve_dtype
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 """Where it says "[always]", 100 MB are fifty pages, and nothing can be told from their number."""
@@ -51,3 +54,11 @@ def test_a_user_who_has_settled_it_is_not_overruled() -> None:
     done, fewest = run(MALLOC_ARENA_MAX="4")
     assert not done and fewest > 1000
     assert run("meta")[0] == 0
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_chosen_on_gpus_alone(fast, monkeypatch):
+    monkeypatch.setattr("physformer_core.hardware.has_fast_bfloat16", lambda device: fast)
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if fast else torch.float32)
+    assert resolve_dtype("bf16", torch.device("cpu")) == torch.bfloat16

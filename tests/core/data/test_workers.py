@@ -19,6 +19,14 @@ from physformer_core.data.workers import deaf_to_ctrl_c
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Ctrl-C is heard here, and so by what is started: a shell has it ignored in what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def hears_ctrl_c(process: int) -> bool:
     """Whether Ctrl-C would reach a process: SIGINT is neither blocked nor ignored."""
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
@@ -45,14 +53,10 @@ def test_processes_are_deaf_from_their_first_moment_on() -> None:
 
 
 def test_what_was_pressed_meanwhile_is_heard_afterwards() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     went_on = False
-    try:
-        with pytest.raises(KeyboardInterrupt), deaf_to_ctrl_c():
-            os.kill(os.getpid(), signal.SIGINT)
-            went_on = True
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt), deaf_to_ctrl_c():
+        os.kill(os.getpid(), signal.SIGINT)
+        went_on = True
     assert went_on
 
 

@@ -11,6 +11,12 @@ from physformer_core.training.update import MAX_BAD_STEPS, Updates
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """Muon iterates in float32 wherever this runs: bfloat16 makes a hundredth of a step of a gradient's last bits."""
+    monkeypatch.setattr("physformer_core.training.trainer.muon_dtype", lambda device: torch.float32)
+
+
 def make(scene_set, folder, *, ahead, bad=(), device="cpu", **training):
     config = load_preset("debug").override(
         "training", steps=8, batch_size=4, checkpoint_every=100, optimizer="muon", dtype="fp32", **training
