@@ -101,6 +101,8 @@ def main() -> None:
     if options.what == "score":
         score(options.folder)
         return
+    if options.folder.exists():
+        parser.error(f"{options.folder} is there already: answers in it would be lost")
     asked = {name: getattr(options, name) for name in ("num", "relations", "size", "seed")}
     draw(options.folder, options.checkpoint, asked)
 

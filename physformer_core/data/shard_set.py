@@ -204,15 +204,13 @@ class ShardSet:
         self._redrawn: dict[str, dict[str, Any]] = {entry["of"]: entry for entry in coarse}
         for entry in [*self.manifest["shards"], self.manifest["captions"], *coarse]:
             path = self.folder / entry["name"]
+            again = "run the same preprocessing again: it makes only what is missing"
+            if "of" in entry:
+                again = "run the same physformer data redraw again"
             if not is_whole(self.folder, entry):
-                raise DataError(
-                    f"{path} is {'cut short' if path.is_file() else 'missing'}",
-                    hint="redraw the set again"
-                    if "of" in entry
-                    else "run the same preprocessing again: it makes only what is missing",
-                )
+                raise DataError(f"{path} is {'cut short' if path.is_file() else 'missing'}", hint=again)
             if verify and sha256_file(path) != entry["sha256"]:
-                raise DataError(f"{path} is damaged", hint="delete it and run the same preprocessing again")
+                raise DataError(f"{path} is damaged", hint=f"delete it and {again}")
         # Sets from before there were latents say nothing about it.
         self.field = FieldSpec(**self.manifest.get("field", {}))
         captions = self.manifest["captions"]

@@ -1,6 +1,6 @@
 """What a checkpoint makes of level 0, in the place of what level 0 really is, for training the level above.
 
-When a picture is drawn, level 1 starts from a level 0 that was drawn, too: smoother than a real one, and wrong in its
+When a picture is drawn, level 1 starts from a level 0 that was drawn, too: as sharp as a real one, and wrong in its
 small parts. A level 1 that was only ever shown averages of real pictures takes over what is wrong. So it is shown the
 real level 0 noised, and completed by the checkpoint. Cascades of diffusion models blur or noise the lower resolution
 for the same reason (conditioning augmentation, Ho et al. 2021, https://arxiv.org/abs/2106.15282); here it is damaged as

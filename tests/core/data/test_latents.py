@@ -144,7 +144,8 @@ def trained(latents: Path, folder: Path) -> PhysFormerPipeline:
     config = load_preset("debug").override("training", steps=2, checkpoint_every=2, crop_size=32, batch_size=2)
     trainer = Trainer(config, latents, folder, device="cpu")
     assert trainer.run() and trainer.model.config.in_channels == 4
-    return PhysFormerPipeline.from_pretrained(next((folder / "checkpoints").glob("step-*")))  # type: ignore[no-any-return]
+    drawn: PhysFormerPipeline = PhysFormerPipeline.from_pretrained(next((folder / "checkpoints").glob("step-*")))
+    return drawn
 
 
 def test_a_set_of_latents_trains_and_draws(latents: Path, tmp_path: Path, autoencoder: Path) -> None:
