@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -248,13 +248,23 @@ def steps(
         with console.progress() as add:
             classifier = load_judge(extractor, add)
             judge = Judge(extractor, classifier)
-            task = add("prompts", len(tried) * num, unit="prompts")
+            task = add("pictures", (1 + len(tried)) * num, unit="pictures")
+
+            def real_pictures() -> Iterator[np.ndarray]:
+                for number, case in enumerate(cases):
+                    yield render_svg(case.scene.svg, width, height)
+                    task.update(number + 1)
+
+            real = extractor.extract_all(real_pictures())
             for _ in draw_requests(found, drawn.pipeline, make_requests(texts[:1], seed, "1", guidance, detail)):
                 pass  # loads the text encoder and tries the kernels, which is no count's own time
             for count in tried:
                 requests = make_requests(texts, seed, str(count), guidance, detail)
                 started = time.monotonic()
-                pictures = dict(draw_requests(found, drawn.pipeline, requests))
+                pictures = {}
+                for number, picture in draw_requests(found, drawn.pipeline, requests):
+                    pictures[number] = picture
+                    task.update((1 + len(tries)) * num + len(pictures))
                 seconds = (time.monotonic() - started) / num
                 ranks = [judge.judge(case, pictures[number]).rank for number, case in enumerate(cases)]
                 shown = {
@@ -265,8 +275,6 @@ def steps(
                     "top5": Share.of([rank < 5 for rank in ranks]),
                 }
                 tries.append((shown, extractor.extract_all(pictures[number] for number in range(num))))
-                task.update(len(tries) * num)
-            real = extractor.extract_all(render_svg(case.scene.svg, width, height) for case in cases)
         found_distances = distances(real, [vectors for _, vectors in tries])
         efforts = [
             Effort(**shown, distance=distance, beyond_least=beyond)

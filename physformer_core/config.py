@@ -105,6 +105,10 @@ class TrainConfig:
         grad_clip: Largest gradient norm.
         warmup_fraction: Share of steps of linear warm-up from a tenth of the peak; then a cosine to a tenth.
         prompt_dropout: Share of prompts replaced by the learned null prompt.
+        fine_huber: Size of finer levels' errors, in the level's velocities, from which on they count in proportion and
+            no more as their squares, so that edges are sharper (0: all as squares): see `FlowObjective`.
+        coarse_blur: Largest standard deviation of the blur of what crops start from, from level 2 on, in elements of
+            the level below (0: none).
         ema_decay: Of the averaged weights.
         dtype: Arithmetic: ``auto`` is bfloat16 on GPUs that have it, float32 elsewhere; ``fp16`` scales the loss.
             Weights are float32.
@@ -146,6 +150,8 @@ class TrainConfig:
     grad_clip: float = 1.0
     warmup_fraction: float = 0.05
     prompt_dropout: float = 0.1
+    fine_huber: float = 0.0
+    coarse_blur: float = 0.0
     ema_decay: float = 0.999
     dtype: str = "auto"
     compile: str = "auto"
@@ -190,7 +196,7 @@ class TrainConfig:
         for name in ("lr", "muon_lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("weight_decay", "keep_every", "seed", "sample_every", "lora_rank"):
+        for name in ("weight_decay", "fine_huber", "coarse_blur", "keep_every", "seed", "sample_every", "lora_rank"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.seed >= 2**63:

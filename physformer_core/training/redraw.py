@@ -61,7 +61,7 @@ def redraw(
     """Stores beside a preprocessed set what crops of level 1 would be one level down, had `pipeline` drawn it.
 
     The files of the set stay as they are; its manifest names the new ones, and a trainer reads them from then on. What
-    an interrupted call finished is kept. By another checkpoint the files are replaced; interrupted in that, the set is
+    an interrupted call finished is kept, and of files that were lost since only those are made again. By another checkpoint the files are replaced; interrupted in that, the set is
     as it was preprocessed.
 
     Args:
@@ -93,7 +93,9 @@ def redraw(
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     known = shards.manifest.get(REDRAWN, {})
-    if known.get("key") == key and all(is_whole(shards.folder, entry) for entry in known["files"]):
+    same = known.get("key") == key
+    kept = {entry["of"]: entry for entry in known["files"] if is_whole(shards.folder, entry)} if same else {}
+    if same and len(kept) == len(known["files"]):
         return {**known, "fresh": False}
     entries = [entry for entry in shards.manifest["shards"] if entry["kind"] == "crop"]
     if not entries:
@@ -102,7 +104,7 @@ def redraw(
     plain = {name: value for name, value in shards.manifest.items() if name != REDRAWN}
     with sole_writer(shards.folder):
         remove_half_written(shards.folder)
-        if known:  # its files are replaced one by one: until the last is, the set is as it was preprocessed
+        if known and not same:  # its files are replaced one by one: until the last is, the set is as it was preprocessed
             write_json(shards.folder / "manifest.json", plain, indent=1)
         for entry in entries:
             drawer = _Drawer(shards, pipeline, entry, seed)
@@ -112,7 +114,7 @@ def redraw(
                     progress(before + rows, total)
 
             tell(0)
-            files.append(_redrawn_file(shards.folder, entry, drawer, key, tell))
+            files.append(kept.get(entry["name"]) or _redrawn_file(shards.folder, entry, drawer, key, tell))
             count += files[-1]["redrawn"]
             done += entry["count"]
         told = {"key": key, "checkpoint": checkpoint_sha256, "seed": seed, "count": count, "files": files}

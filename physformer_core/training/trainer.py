@@ -166,6 +166,8 @@ class Trainer:
             base_density=base_density,
             fine_density=fine_density,
             prompt_dropout=train.prompt_dropout,
+            fine_huber=train.fine_huber,
+            coarse_blur=train.coarse_blur,
         )
         self.pipeline = PhysFormerPipeline(
             self.model,

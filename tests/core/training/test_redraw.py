@@ -174,12 +174,15 @@ def test_a_set_that_is_redrawn_anew_is_never_half_of_each(
 
 def test_a_lost_file_is_told_and_made_again(redrawn: Path, pipeline: PhysFormerPipeline) -> None:
     before = contents(redrawn)
-    lost = next(iter(sorted(redrawn.glob("coarse-*.arrow"))))
+    lost, *others = sorted(redrawn.glob("coarse-*.arrow"))
+    assert others
+    written = [path.stat().st_mtime_ns for path in others]
     lost.unlink()
     with pytest.raises(DataError, match="is missing") as caught:
         ShardSet(redrawn)
     assert caught.value.hint == "run the same physformer data redraw again"
     assert redraw(redrawn, pipeline, checkpoint_sha256="one", seed=5)["fresh"] and contents(redrawn) == before
+    assert [path.stat().st_mtime_ns for path in others] == written, "it alone"
 
 
 def test_preprocessing_again_keeps_it_and_replaces_it(scene_raw: Path, redrawn: Path) -> None:
