@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "height": Setting(int, 720, "pixels"),
         "steps": Setting(int, [5, 1], "steps of the solver for each level, or for the coarsest", several=True),
         "guidance": Setting(float, 2.0, "how strongly to follow the prompt"),
-        "detail": Setting(float, 1.15, "how much detail finer levels add"),
+        "detail": Setting(float, 1.05, "how much detail finer levels add"),
         "solver": Setting(str, "heun", "the solver of the flow"),
         "negative_prompt": Setting(str, "blurry", "what to keep out of the picture"),
         "num_images": Setting(int, 1, "pictures per prompt"),

@@ -5,9 +5,10 @@ DEFAULT_STEPS = (5, 1)
 A second step at a finer level, from halfway on, makes something of what the network is not sure of, and pairs of things
 are recognised less often."""
 
-DEFAULT_DETAIL = 1.15
-"""Factor of the detail that finer levels add: with it the shipped checkpoint's edges have the power of real scenes'
-(docs/results.md)."""
+DEFAULT_DETAIL = 1.05
+"""Factor of the detail that finer levels add: with it the shipped checkpoint's edges have the power of real scenes' at
+720p (docs/results.md). Much more is needed only by networks that were not trained on softened fields
+(`TrainConfig.coarse_blur`), and brings halos."""
 
 MAX_DETAIL = 2.0
 """Beyond it levels, which build on one another, only amplify their errors."""

@@ -32,7 +32,7 @@ class Guidance:
             (Lin et al. 2023, https://arxiv.org/abs/2305.08891).
         fine_levels: Whether finer levels are guided too, at twice their cost.
         detail: Factor of the detail that finer levels add to the coarser picture. Where a network is not sure of an
-            edge it predicts the mean of what it may be, which is softer than any: 1 leaves it so, more sharpens.
+            edge what it predicts is softer than any edge: 1 leaves it so, more sharpens.
     """
 
     scale: float = DEFAULT_GUIDANCE

@@ -61,8 +61,8 @@ def redraw(
     """Stores beside a preprocessed set what crops of level 1 would be one level down, had `pipeline` drawn it.
 
     The files of the set stay as they are; its manifest names the new ones, and a trainer reads them from then on. What
-    an interrupted call finished is kept, and of files that were lost since only those are made again. By another checkpoint the files are replaced; interrupted in that, the set is
-    as it was preprocessed.
+    an interrupted call finished is kept, and of files that were lost since only those are made again. By another
+    checkpoint the files are replaced; interrupted in that, the set is as it was preprocessed.
 
     Args:
         folder: The set.
@@ -104,7 +104,7 @@ def redraw(
     plain = {name: value for name, value in shards.manifest.items() if name != REDRAWN}
     with sole_writer(shards.folder):
         remove_half_written(shards.folder)
-        if known and not same:  # its files are replaced one by one: until the last is, the set is as it was preprocessed
+        if known and not same:  # its files are replaced one by one: until the last is, the set is as it was
             write_json(shards.folder / "manifest.json", plain, indent=1)
         for entry in entries:
             drawer = _Drawer(shards, pipeline, entry, seed)
