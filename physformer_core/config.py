@@ -196,7 +196,7 @@ class TrainConfig:
         for name in ("lr", "muon_lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("weight_decay", "fine_huber", "coarse_blur", "keep_every", "seed", "sample_every", "lora_rank"):
+        for name in ("weight_decay", "keep_every", "seed", "sample_every", "lora_rank"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.seed >= 2**63:
@@ -204,8 +204,9 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be within 0 and 1, not {getattr(self, name)}")
-        if not 0 <= self.lora_alpha < math.inf:
-            raise ConfigError(f"lora_alpha must be at least 0, not {self.lora_alpha}")
+        for name in ("fine_huber", "coarse_blur", "lora_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.lora_alpha and not self.lora_rank:
             raise ConfigError("lora_alpha has no effect without lora_rank", hint="--lora-rank 8, for example")
         if self.freeze and self.lora_rank:

@@ -170,8 +170,9 @@ class FlowObjective:
 
 
 def pseudo_huber(error: Tensor, size: float) -> Tensor:
-    """About error^2 of errors well below ``size``, and 2 ``size`` |error| of those well above."""
-    return 2 * size**2 * (torch.sqrt(1 + (error / size).square()) - 1)
+    """2 size^2 (sqrt(1 + (error / size)^2) - 1): about error^2 of errors well below ``size``, and 2 ``size`` |error| of
+    those well above. Written without the difference, of which float32 leaves nothing where errors are small."""
+    return 2 * error.square() / (1 + torch.sqrt(1 + (error / size).square()))
 
 
 def blurred(field_bchw: Tensor, sigma_b: Tensor, largest: float) -> Tensor:

@@ -117,6 +117,13 @@ def test_defaults_are_valid():
     assert FlowConfig() and TrainConfig()
 
 
+@pytest.mark.parametrize("name", ["fine_huber", "coarse_blur", "lora_alpha"])
+@pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
+def test_sizes_of_errors_and_blurs_are_numbers_from_0_up(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be at least 0"):
+        load_preset("debug").override("training", **{name: value})
+
+
 def test_compile_is_a_word_or_a_bool() -> None:
     config = load_preset("nano")
     assert config.training.compile == "auto" and load_preset("debug").training.compile == "off"

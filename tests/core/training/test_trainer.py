@@ -107,6 +107,11 @@ def test_a_run_leaves_checkpoints_and_a_log(straight, final):
     assert {"validation_base", "validation_crop"} < records[3]["losses"].keys()
 
 
+def test_the_objective_is_as_the_run_says(scene_set, tmp_path):
+    objective = make(scene_set, tmp_path, fine_huber=0.25, coarse_blur=0.7, prompt_dropout=0.3).objective
+    assert (objective.fine_huber, objective.coarse_blur, objective.prompt_dropout) == (0.25, 0.7, 0.3)
+
+
 @pytest.mark.parametrize("stop", [3, 4])
 def test_stopped_and_resumed_equals_straight(scene_set, tmp_path, final, stop):
     first = make(scene_set, tmp_path)
