@@ -194,7 +194,7 @@ def preprocess(
         str | None,
         typer.Option(
             help="WIDTHxHEIGHT,... of level-0 pictures, in elements of the field.",
-            show_default="32x32 and six of about its area, up to 56x24",
+            show_default="32x32 and six with that shorter side, up to 72x32",
         ),
     ] = None,
     base_views: Annotated[int, typer.Option(help="Whole pictures per example; from 2 on slightly zoomed ones.")] = 1,

@@ -23,7 +23,7 @@ class FlowConfig:
 
     Args:
         path, prediction, end_margin: See `FlowPath`.
-        start_noise, coarse_noise, base_area: See `Pyramid`.
+        start_noise, coarse_noise, base_area, base_widening: See `Pyramid`.
         base_mean, base_std, fine_mean, fine_std: Logit-normal training times at level 0 and above.
         shifted_levels: Levels 1 to this one are drawn from predictions that are averaged over four places of the patch
             grid (`flow.shifted`); in training it changes nothing.
@@ -39,6 +39,7 @@ class FlowConfig:
     start_noise: float = 0.25
     coarse_noise: float = 0.05
     base_area: int = BASE_AREA
+    base_widening: float = 0.0
     base_mean: float = -0.6
     base_std: float = 0.9
     fine_mean: float = -0.5
@@ -56,6 +57,7 @@ class FlowConfig:
             start_noise=self.start_noise,
             coarse_noise=self.coarse_noise,
             base_area=self.base_area,
+            base_widening=self.base_widening,
             patch_size=patch_size,
         )
 
@@ -98,7 +100,7 @@ class TrainConfig:
             gradients and optimizer state), or ``auto``: ddp where there are several.
         crop_fraction: Share of steps on crops of finer levels; the others are whole level-0 pictures.
         crop_size: Side of a training crop in elements of the field; the smallest crops of a set with the default
-            buckets have 48.
+            buckets have 64.
         optimizer: ``muon`` or ``adamw``.
         lr, muon_lr: Peak learning rates of AdamW and of Muon.
         weight_decay, beta1, beta2: Of AdamW.

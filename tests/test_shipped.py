@@ -65,6 +65,6 @@ def test_work_and_seams_count_the_patches_of_each_level(pipeline: PhysFormerPipe
     from physformer_core.batching import PictureRequest, Planner
 
     levels = Planner(find_checkpoint(None)).levels(PictureRequest("a cat", 0, 0, 1280, 720))
-    assert [level.tokens for level in levels[:2]] == [6 * 10, 6 * 10]  # 24x40 by patches of 4, 48x80 by those of 8
+    assert [level.tokens for level in levels[:2]] == [8 * 14, 8 * 14]  # 32x56 by patches of 4, 64x112 by those of 8
     first, second = pipeline.level_sizes(720, 1280)[:2]
-    assert [pipeline.patch_side(size) for size in (first, second)] == pytest.approx([4 * 32, 8 * 16])
+    assert [pipeline.patch_side(size) for size in (first, second)] == pytest.approx([4 * 1280 / 56, 8 * 640 / 56])

@@ -15,7 +15,8 @@ class PreprocessConfig:
 
     Attributes:
         buckets: (height, width) of level-0 pictures in elements of the field (pixels, unless there is a codec),
-            multiples of 8, all of about one area: that of `Pyramid.base_area`.
+            multiples of 8, of about the areas at which pictures are begun (`Pyramid.area_of_base`): with the presets
+            all have one shorter side.
         base_views: Level-0 pictures per example. The first shows as much as the bucket's aspect allows, further ones
             up to 15 % less, at a random place.
         min_kept_area: Pictures of which no bucket shows at least this fraction are refused.
@@ -32,7 +33,7 @@ class PreprocessConfig:
         seed: Seed of all that is drawn.
     """
 
-    buckets: tuple[tuple[int, int], ...] = ((32, 32), (32, 40), (40, 32), (24, 40), (40, 24), (24, 56), (56, 24))
+    buckets: tuple[tuple[int, int], ...] = ((32, 32), (32, 40), (40, 32), (32, 56), (56, 32), (32, 72), (72, 32))
     base_views: int = 1
     min_kept_area: float = 0.5
     crops_per_example: float = 1.0

@@ -2,8 +2,8 @@
 
 Level 0 flows from noise. Level l > 0 flows from the upsampled level l - 1 plus a little noise to the sharp field: a
 short path, on which a few steps are enough. Sizes run backwards from the target, so any width and height will do: by
-halves where those end near the area that level 0 was trained on. Elsewhere the last level grows by less, and all others
-by two from such an area.
+halves where those end near the area that level 0 was trained on. Elsewhere one level grows by less, and all others by
+two from such an area.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ DETAIL_SCALE = 0.12
 
 _NEAR = 1.3
 """How many times larger or smaller than the base area level 0 may be, padding included, if halving leads there, and how
-many times larger padding may make it. Beyond that the last level grows by less."""
+many times larger padding may make it. Beyond that one level grows by less."""
+
+_ODD_LEVEL = 3
+"""The level that grows by less, or the last if there are fewer: what it takes of the level before is drawn anew. By
+then what is shown is decided, and it costs little. At the last level it takes a fifth more work at 720p, for pictures
+that were no better (docs/training-log.md)."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,17 @@ class Pyramid:
         start_noise: Standard deviation of the noise added to the upsampled field where a finer level starts.
         coarse_noise: Standard deviation of the noise on the coarse field that the network is shown, so that it
             does not trust the coarser level's small errors.
-        base_area: Area of level 0 in field elements.
+        base_area: Area of level 0 in field elements; of a square one, if `base_widening` is above 0.
+        base_widening: Power of the picture's longer side over its shorter one by which level 0's area grows, 0 to 1: at
+            0 every shape has the same area, at 1 the same shorter side, so that things as large as the shorter side
+            allows have as many elements in wide pictures as in square ones.
         patch_size: Levels are rounded up to whole patches.
     """
 
     start_noise: float = 0.25
     coarse_noise: float = 0.05
     base_area: int = BASE_AREA
+    base_widening: float = 0.0
     patch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -77,12 +86,22 @@ class Pyramid:
             raise ConfigError("start_noise must be above 0 and coarse_noise at least 0")
         if self.base_area < 1:
             raise ConfigError(f"base_area must be at least 1, not {self.base_area}", hint="1024 is 32x32 elements")
+        if not 0 <= self.base_widening <= 1:
+            raise ConfigError(
+                f"base_widening must be from 0 to 1, not {self.base_widening:g}",
+                hint="0: level 0 of every shape has the same area; 1: the same shorter side",
+            )
+
+    def area_of_base(self, height: int, width: int) -> float:
+        """Area in elements that level 0 of a field of this shape should have."""
+        return self.base_area * (max(height, width) / min(height, width)) ** self.base_widening
 
     def level_sizes(self, height: int, width: int) -> list[LevelSize]:
         """Sizes of all levels of a field of this size, coarsest first."""
         first = self._first_factor(height, width)
         last = math.ceil(math.log2(first) - 0.05)  # hardly more than twice, rather than one level more
-        factors = [*(first / 2**level for level in range(last)), 1.0]
+        odd = min(_ODD_LEVEL, last)
+        factors = [first / 2**level if level < odd else 2.0 ** (last - level) for level in range(last + 1)]
         sizes = []
         for level, factor in enumerate(factors):
             h, w = (math.ceil(side / factor - 1e-9) for side in (height, width))
@@ -99,6 +118,7 @@ class Pyramid:
         A power of two where that leads near the base area with little padding. Else what comes nearest to the area and
         wastes least: level 0 of an area that was not trained on draws other, weaker pictures than of one that was.
         """
+        base_area = self.area_of_base(height, width)
 
         def padded_area(factor: float) -> int:
             return self._padded(height / factor) * self._padded(width / factor)
@@ -106,21 +126,21 @@ class Pyramid:
         def waste(factor: float) -> float:
             return padded_area(factor) / (height * width / factor**2)
 
-        halvings = max(0, round(math.log2(height * width / self.base_area) / 2))
-        nearness = padded_area(2.0**halvings) / self.base_area
+        halvings = max(0, round(math.log2(height * width / base_area) / 2))
+        nearness = padded_area(2.0**halvings) / base_area
         if halvings == 0 or (1 / _NEAR <= nearness <= _NEAR and waste(2.0**halvings) <= _NEAR):
             return 2.0**halvings
-        ideal = math.sqrt(height * width / self.base_area)
+        ideal = math.sqrt(height * width / base_area)
         candidates = [ideal]
         for side in (height, width):  # whole patches along one side, and nearly the area
             fewest, most = (side / (self.patch_size * ideal * times) for times in (_NEAR, 1 / _NEAR))
             candidates += [
                 side / (self.patch_size * count) for count in range(math.ceil(fewest), math.floor(most) + 1) if count
             ]
-        near = [f for f in candidates if 1 / _NEAR <= padded_area(f) / self.base_area <= _NEAR]
+        near = [f for f in candidates if 1 / _NEAR <= padded_area(f) / base_area <= _NEAR]
         return min(
             near or candidates,
-            key=lambda f: abs(math.log(padded_area(f) / self.base_area)) + 2 * math.log(waste(f)),
+            key=lambda f: abs(math.log(padded_area(f) / base_area)) + 2 * math.log(waste(f)),
         )
 
     @staticmethod
@@ -134,24 +154,25 @@ class Pyramid:
         return F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
 
     def coarse_for(self, previous: Tensor, size: LevelSize) -> Tensor:
-        """The coarser level's padded field, upsampled and cut to this level's padded size, or its edge repeated."""
+        """The coarser level's padded field, upsampled to this level's padded size, where it ends by its edge."""
         if abs(size.growth - 2) < 1e-6:
             return self.upsample(previous)[:, :, : size.padded_height, : size.padded_width]
         # To half of this level's size first: a network learns to sharpen what was doubled, and of what grew by less,
         # which is sharper, it makes blocks with halos. What that takes of the level before is drawn anew, as often as
-        # levels grow by less: so only the last does. Pixels' centres stay where they are in the picture, so the ratio
+        # levels grow by less: so only one does. Pixels' centres stay where they are in the picture, so the ratio
         # is that of the factors, not of the sizes.
+        scale = size.growth / 2
+        wanted = (math.ceil(side / size.growth) + 1 for side in (size.padded_height, size.padded_width))
+        below, behind = (max(0, most - side) for most, side in zip(wanted, previous.shape[-2:], strict=True))
         half = F.interpolate(
-            previous,
-            scale_factor=size.growth / 2,
+            F.pad(previous, (0, behind, 0, below), mode="replicate"),
+            scale_factor=scale,
             mode="bicubic",
             align_corners=False,
             recompute_scale_factor=False,
             antialias=True,
         )
-        grown = self.upsample(half)[:, :, : size.padded_height, : size.padded_width]
-        missing = (0, size.padded_width - grown.shape[3], 0, size.padded_height - grown.shape[2])
-        return F.pad(grown, missing, mode="replicate") if any(missing) else grown
+        return self.upsample(half)[:, :, : size.padded_height, : size.padded_width]
 
     def start(self, coarse: Tensor | None, noise: Tensor) -> Tensor:
         """x0 of a level: noise at level 0, the blurred field plus a little noise above."""

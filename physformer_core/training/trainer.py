@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +20,7 @@ from physformer_core.config import FlowConfig, RunConfig
 from physformer_core.data.loader import Batch, BatchStream, ShardSet, made_ahead
 from physformer_core.data.resident import why_not_resident
 from physformer_core.errors import CheckpointError, ConfigError, DeviceError, PhysFormerError
+from physformer_core.flow.pyramid import Pyramid
 from physformer_core.hardware import keep_freed_memory, resolve_dtype, why_no_compiler
 from physformer_core.model.attention import why_no_native
 from physformer_core.model.fused import ops as fused
@@ -51,9 +52,24 @@ from physformer_core.training.watching import WorkMeter
 
 _NAMED_EXAMPLES = 8
 
+_MOST_BEGUN = 1.5
+"""How many times larger than a set's whole pictures level 0 may be when a picture of their shape is drawn."""
+
 _DRAWING_THREADS = 8
 """Threads that draw noise ahead for a GPU. It is drawn on the CPU, so that it is the same everywhere, and one thread
 draws the 14 million numbers of a thousand crops in some 100 ms: three times as long as such a step takes."""
+
+
+def _unlike_level_zero(pyramid: Pyramid, sizes: Sequence[tuple[int, int]]) -> str | None:
+    """What is wrong with the first of these (height, width) that is not what a picture of its shape begins with."""
+    for height, width in sizes:
+        levels, begun = len(pyramid.level_sizes(height, width)), pyramid.area_of_base(height, width)
+        named = f"this set's whole pictures have {width}x{height} elements"
+        if levels > 1:
+            return f"{named}, of which base_area {pyramid.base_area} would make level {levels - 1}"
+        if begun > _MOST_BEGUN * height * width:
+            return f"{named}, where pictures of that shape begin with {begun:.0f}: a size that would not be trained"
+    return None
 
 
 class TrainingDiverged(PhysFormerError):
@@ -203,16 +219,20 @@ class Trainer:
             raise ConfigError("an adapter is too small to be divided over processes", hint="--parallel ddp")
 
     def _check_level_zero(self) -> None:
-        """Refuses whole pictures that sampling, with this configuration, would begin a level or more below."""
+        """Refuses whole pictures of sizes that sampling, with this configuration, would not begin with."""
         pyramid = self.config.flow.pyramid(self.config.model.get("patch_size", 1))
-        for group in self.shards.groups("base", "train"):
-            height, width = group.size
-            if len(pyramid.level_sizes(height, width)) > 1:
-                raise ConfigError(
-                    f"this set's whole pictures have {width}x{height} elements, of which base_area {pyramid.base_area} "
-                    f"would make level {len(pyramid.level_sizes(height, width)) - 1}",
-                    hint=f"give `base_area = {height * width}` under [flow], or preprocess with other --buckets",
-                )
+        sizes = [group.size for group in self.shards.groups("base", "train")]
+        if (wrong := _unlike_level_zero(pyramid, sizes)) is None:
+            return
+        # What would fit them all: the same size for other shapes, or else another size.
+        area = max(round(h * w * pyramid.base_area / pyramid.area_of_base(h, w)) for h, w in sizes)
+        fitting = [
+            f"{name} = {value}"
+            for name, value in (("base_widening", 0), ("base_widening", 1), ("base_area", area))
+            if _unlike_level_zero(dataclasses.replace(pyramid, **{name: value}), sizes) is None
+        ]
+        hint = f"give `{fitting[0]}` under [flow], or " if fitting else ""
+        raise ConfigError(wrong, hint=f"{hint}preprocess with other --buckets")
 
     def _check_same_data(self) -> None:
         """Refuses to train on different sets at once, as several machines with disks of their own might."""

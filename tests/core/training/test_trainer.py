@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from physformer_core.config import load_preset
 from physformer_core.data.loader import BatchStream
+from physformer_core.data.preprocess import PreprocessConfig, preprocess
 from physformer_core.errors import CheckpointError, ConfigError, OutputError
 from physformer_core.training import checkpoint
 from physformer_core.training.checkpoint import list_checkpoints, load_training_state
@@ -351,17 +352,34 @@ def test_a_step_whose_loss_alone_is_not_finite_is_skipped_too(scene_set, tmp_pat
     assert trainer.updates.skipped == 1
 
 
-@pytest.mark.parametrize(("share", "level"), [(2.5, 1), (10, 2)])
-def test_whole_pictures_that_are_no_level_0_are_refused(scene_set, tmp_path, share, level):
-    trainer = make(scene_set, tmp_path)
-    areas = [height * width for group in trainer.shards.groups("base", "train") for height, width in [group.size]]
-    config = load_preset("debug").override("flow", base_area=round(min(areas) / share))
-    with pytest.raises(
-        ConfigError, match=rf"whole pictures have \d+x\d+ elements.* would make level {level}"
-    ) as caught:
+@pytest.mark.parametrize(
+    ("flow", "said", "hint"),
+    [
+        ({"base_area": 400}, "would make level 1", r"base_area = (\d+)"),
+        ({"base_area": 100}, "would make level 2", r"base_area = (\d+)"),
+        ({"base_area": 2048}, "begin with 2048: a size that would not be trained", r"base_area = (\d+)"),
+        ({"base_widening": 0.0}, "base_area 1024 would make level 1", r"base_widening = (1)"),
+    ],
+)
+def test_whole_pictures_that_are_no_level_0_are_refused(scene_set, tmp_path, flow, said, hint):
+    config = load_preset("debug")
+    for name, value in flow.items():
+        config = config.override("flow", **{name: value})
+    with pytest.raises(ConfigError, match=rf"whole pictures have \d+x\d+ elements, .*{said}") as caught:
         Trainer(config, scene_set, tmp_path, device="cpu")
-    named = int(re.search(r"`base_area = (\d+)` under", caught.value.hint)[1])
-    Trainer(config.override("flow", base_area=named), scene_set, tmp_path, device="cpu")
+    named = re.search(rf"`{hint}` under", caught.value.hint)
+    assert named, caught.value.hint
+    Trainer(config.override("flow", **{hint.split()[0]: int(named[1])}), scene_set, tmp_path, device="cpu")
+
+
+def test_a_set_of_pictures_of_one_area_asks_for_no_widening(scene_raw, tmp_path):
+    same_area = PreprocessConfig(buckets=((32, 32), (24, 40), (40, 24)), crops_per_example=0)
+    preprocess(scene_raw, tmp_path / "set", config=same_area)
+    config = load_preset("debug").override("training", crop_fraction=0.0)
+    with pytest.raises(ConfigError, match="begin with 1707: a size that would not be trained") as caught:
+        Trainer(config, tmp_path / "set", tmp_path, device="cpu")
+    assert caught.value.hint.startswith("give `base_widening = 0` under [flow]")
+    Trainer(config.override("flow", base_widening=0.0), tmp_path / "set", tmp_path, device="cpu")
 
 
 def test_a_batch_in_parts_is_the_same_step(scene_set, tmp_path):
