@@ -1,7 +1,7 @@
 """Finds the level at which subjects are lost: prompt accuracy with coarse levels taken from real scenes.
 
 python examples/which_level.py --num 72 --concepts everyday
-python examples/which_level.py --num 72 --relations
+python examples/which_level.py --num 72 --relations --size 640x360
 
 Each row draws the same prompts, the first as usual, the others with their coarsest levels averaged from the very scene
 that the prompt describes. Where accuracy jumps, the level that was still drawn before is what loses the subject.
@@ -22,9 +22,18 @@ from physformer_core.evaluation.classifier import load_classifier
 from physformer_core.evaluation.features import load_extractor
 from physformer_core.evaluation.prompt_accuracy import Judge
 from physformer_core.evaluation.prompt_cases import chosen_concepts, relation_cases, single_cases
+from physformer_core.flow.pyramid import LevelSize
 from physformer_core.hardware import resolve_device, resolve_dtype
+from physformer_core.resolution import resolve_size
 
 BATCH = 12
+
+
+def averaged(pictures_bchw: torch.Tensor, size: LevelSize) -> torch.Tensor:
+    """What pictures [B, 3, H, W] are at a level, their edges repeated where it is padded to whole patches."""
+    own = F.interpolate(pictures_bchw, (size.height, size.width), mode="area")
+    beyond = (0, size.padded_width - size.width, 0, size.padded_height - size.height)
+    return F.pad(own, beyond, mode="replicate")
 
 
 def main() -> None:
@@ -33,9 +42,10 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=72)
     parser.add_argument("--concepts", default="everyday", help="of prompts of one subject")
     parser.add_argument("--relations", action="store_true", help="prompts of two things instead")
-    parser.add_argument("--side", type=int, default=256, help="a power of two times 32")
+    parser.add_argument("--size", default="256x256", help="of the pictures, WIDTHxHEIGHT")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and their scenes")
     options = parser.parse_args()
+    width, height = resolve_size(res=options.size)
 
     device = resolve_device("auto")
     pipeline = load_pipeline(options.checkpoint, device=device, dtype=resolve_dtype("auto", device))
@@ -48,22 +58,23 @@ def main() -> None:
 
         judge = Judge(extractor, load_classifier(extractor, progress=tell))
     if options.relations:
-        cases = relation_cases(options.num, options.seed, aspect=1.0)
+        cases = relation_cases(options.num, options.seed, aspect=width / height)
     else:
-        cases = single_cases(options.num, options.seed, aspect=1.0, concepts=chosen_concepts(options.concepts))
-    scenes = [np.asarray(render_svg(case.scene.svg, options.side, options.side)) for case in cases]
-    sizes = pipeline.level_sizes(options.side, options.side)
+        concepts = chosen_concepts(options.concepts)
+        cases = single_cases(options.num, options.seed, aspect=width / height, concepts=concepts)
+    scenes = [np.asarray(render_svg(case.scene.svg, width, height)) for case in cases]
+    sizes = pipeline.level_sizes(height, width)
     for levels in range(len(sizes)):
         ranks = []
         for first in range(0, len(cases), BATCH):
             some = cases[first : first + BATCH]
             real = np.stack(scenes[first : first + BATCH]).transpose(0, 3, 1, 2)
             real_bchw = torch.from_numpy(real).float() / 127.5 - 1
-            given = {size.level: F.avg_pool2d(real_bchw, options.side // size.height) for size in sizes[:levels]}
+            given = {size.level: averaged(real_bchw, size) for size in sizes[:levels]}
             drawn = pipeline(
                 [case.prompt for case in some],
-                height=options.side,
-                width=options.side,
+                height=height,
+                width=width,
                 seeds=list(range(first, first + len(some))),
                 given_levels=given,
             )

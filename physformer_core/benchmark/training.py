@@ -78,8 +78,8 @@ def compose_data(folder: Path, config: RunConfig) -> Path:
     """A small preprocessed set of scenes below ``folder``, for when there is no other.
 
     Whole pictures are squares of the area that the configuration begins at: one size, so that there are few shapes to
-    compile. In larger sets with several buckets each is as many tokens, but is compiled on its own. Crops are of levels
-    that are as large as the configuration's.
+    compile. Sets with other shapes besides have more to compile, and with `base_widening` more tokens in those. Crops
+    are of levels that are as large as the configuration's.
     """
     from physformer_core.data.preprocess import preprocess
     from physformer_core.data.preprocess_config import PreprocessConfig
