@@ -38,7 +38,8 @@ def test_contact_sheet(tmp_path: Path, tiny_checkpoint: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # the judge has to be fitted first where it never was
 def test_which_level(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "which_level.py"), "--num", "2", "--concepts", "cat,dog", "--size", "64x64"]
+    command = [sys.executable, str(EXAMPLES / "which_level.py"), "--num", "2"]
+    command += ["--concepts", "cat,dog", "--size", "64x64"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1750, check=True)
     assert [line.split("top-1")[0].strip() for line in done.stdout.splitlines()] == [
         "drawn from level 0", "drawn from level 1",

@@ -231,8 +231,12 @@ class Trainer:
             for name, value in (("base_widening", 0), ("base_widening", 1), ("base_area", area))
             if _unlike_level_zero(dataclasses.replace(pyramid, **{name: value}), sizes) is None
         ]
-        hint = f"give `{fitting[0]}` under [flow], or " if fitting else ""
-        raise ConfigError(wrong, hint=f"{hint}preprocess with other --buckets")
+        hint = "preprocess with other --buckets"
+        if self.config.training.lora_rank:
+            hint += ": how pictures begin is the adapted checkpoint's"
+        elif fitting:
+            hint = f"give `{fitting[0]}` under [flow], or {hint}"
+        raise ConfigError(wrong, hint=hint)
 
     def _check_same_data(self) -> None:
         """Refuses to train on different sets at once, as several machines with disks of their own might."""

@@ -56,7 +56,7 @@ def test_a_picture_and_what_it_tells(generate, tiny_checkpoint):
     assert (told.prompt, told.seed, told.image_index, told.width, told.height) == ("a bird in a cage", 7, 0, 96, 64)
     assert (told.steps, told.guidance, told.solver, told.run) == (2, DEFAULT_GUIDANCE, "euler", None)
     assert told.checkpoint == "tiny" and told.checkpoint_sha256 == find_checkpoint(tiny_checkpoint).sha256
-    assert told.extra["dtype"] in ("fp32", "bf16") and told.extra["steps_per_level"] == [2, 1, 1]
+    assert told.extra["dtype"] in ("fp32", "bf16") and told.extra["steps_per_level"] == [2, 1]
     assert told.extra["detail"] == DEFAULT_DETAIL
     assert (
         Image.open(file)
@@ -119,7 +119,7 @@ def test_steps_of_the_project_file(generate):
     Path("physformer.toml").write_text("[generate]\nsteps = [3, 2, 2]\n")
 
     def steps(*options):
-        ending = generate("a cat", "--dry-run", "--json", *options, size=("-W", "96", "-H", "64"))
+        ending = generate("a cat", "--dry-run", "--json", *options, size=("-W", "192", "-H", "128"))
         return [level["steps"] for level in json.loads(ending.out)["pictures"][0]["levels"]]
 
     assert steps() == [3, 2, 2] and steps("--steps", "5,4,1") == [5, 4, 1]
@@ -136,7 +136,7 @@ def test_preview(generate):
     ending = generate("a cat", "-n", "2", "--preview", "-o", "cat.png", "--res", "260x140", size=("--steps", "1"))
     assert ending.code == 0 and [str(file) for file in ending.files] == ["cat.png", "cat_1.png"]
     assert {"cat_level0.png", "cat_1_level0.png"} < set(everything())
-    assert Image.open("cat_level0.png").size == (45, 24) and Image.open("cat_1_level2.png").size == (179, 96)
+    assert Image.open("cat_level0.png").size == (56, 31) and Image.open("cat_1_level2.png").size == (224, 121)
     assert len(last_run().outputs) == 8  # no preview of the last level, which is the picture
     assert read_metadata("cat_level0.png").extra["preview_of_level"] == 0
     plain = generate("a cat", "-n", "2", "-o", "plain.png", "--res", "260x140", size=("--steps", "1"))
@@ -426,7 +426,7 @@ def test_batches_hold_what_can_be_drawn_together(tiny_checkpoint, monkeypatch):
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
 def test_the_planned_work_is_the_work_done(tiny_checkpoint, solver, monkeypatch):
     planner, pipeline = Planner(find_checkpoint(tiny_checkpoint)), load_pipeline(tiny_checkpoint)
-    request = PictureRequest("a cat", 0, 0, 150, 130, steps=(5, 2), guidance_interval=(0.3, 0.7), solver=solver)
+    request = PictureRequest("a cat", 0, 0, 300, 260, steps=(5, 2), guidance_interval=(0.3, 0.7), solver=solver)
     done = []
     pipeline.transformer.register_forward_pre_hook(lambda _, given: done.append(given[0].shape[2:].numel() // 64))
     draw_batch(pipeline, [request])
@@ -443,7 +443,7 @@ def test_averaged_predictions_are_counted(tiny_checkpoint, tmp_path):
         json.dumps(index | {"flow": index["flow"] | {"shifted_levels": 2, "settling": 3}})
     )
     planner, pipeline = Planner(find_checkpoint(folder)), load_pipeline(folder)
-    request = PictureRequest("a cat", 0, 0, 150, 130, steps=(3, 2), guidance_interval=(0.3, 0.7))
+    request = PictureRequest("a cat", 0, 0, 300, 260, steps=(3, 2), guidance_interval=(0.3, 0.7))
     done = []
     pipeline.transformer.register_forward_pre_hook(lambda _, given: done.append(int(given[3][0])))
     draw_batch(pipeline, [request])

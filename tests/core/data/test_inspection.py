@@ -34,7 +34,7 @@ def test_inspection(
     assert found.near_duplicates == [["bitmap-3", "twin"]] and found.near_duplicates_count == 1
     assert found.repeated_captions == [("noise number 3", 2)] and found.captions == 5 + 2 + 3
     assert found.classes == {"1": 1} and found.words[0] == 2
-    assert {name: count for name, count, _ in found.buckets} == {"40x32": 6, "32x32": 1, "56x24": 1}
+    assert {name: count for name, count, _ in found.buckets} == {"40x32": 6, "32x32": 1, "72x32": 1}
     assert found.sides[0] == 64 and 0 < found.cut_area < 0.2
     write_page(found, tmp_path / "index.html", sheet="sheet.png")
     page = (tmp_path / "index.html").read_text()

@@ -379,6 +379,9 @@ def test_a_set_of_pictures_of_one_area_asks_for_no_widening(scene_raw, tmp_path)
     with pytest.raises(ConfigError, match="begin with 1707: a size that would not be trained") as caught:
         Trainer(config, tmp_path / "set", tmp_path, device="cpu")
     assert caught.value.hint.startswith("give `base_widening = 0` under [flow]")
+    with pytest.raises(ConfigError) as caught:
+        Trainer(config.override("training", lora_rank=2), tmp_path / "set", tmp_path, device="cpu")
+    assert "how pictures begin is the adapted checkpoint's" in caught.value.hint
     Trainer(config.override("flow", base_widening=0.0), tmp_path / "set", tmp_path, device="cpu")
 
 
