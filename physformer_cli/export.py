@@ -14,6 +14,8 @@ EPILOG = """Examples:
     physformer export runs/nano --output nano-fp16
 
     physformer export runs/nano/checkpoints/step-00003600 --output nano-fp32 --dtype fp32
+
+    physformer export runs/mine --mean-with runs/nano --output between
 """
 
 
@@ -29,6 +31,14 @@ def export(
     for_diffusers: Annotated[
         bool, typer.Option("--for-diffusers", help="Let plain diffusers load it, with trust_remote_code=True.")
     ] = False,
+    mean_with: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--mean-with",
+            help="Another checkpoint of the same network: write the mean of the weights. Between what training began "
+            "with and what it made, it often has the strengths of both. May be given several times.",
+        ),
+    ] = None,
     no_record: console.NoRecordOption = False,
 ) -> None:
     """Write a trained checkpoint's averaged weights as a folder that generate and diffusers read."""
@@ -37,7 +47,8 @@ def export(
 
     with recorded_run("export", record=not no_record, notify=console.say) as run:
         found = find_checkpoint(checkpoint)
-        run.config = {"dtype": dtype, "for_diffusers": for_diffusers}
+        others = [find_checkpoint(other) for other in mean_with or ()]
+        run.config = {"dtype": dtype, "for_diffusers": for_diffusers, "mean_with": [other.sha256 for other in others]}
         run.checkpoint_sha256 = found.sha256
         import torch
 
@@ -45,7 +56,11 @@ def export(
         from physformer_core.hardware import resolve_dtype
 
         weights = export_checkpoint(
-            found, output, dtype=resolve_dtype(dtype, torch.device("cpu")), for_diffusers=for_diffusers
+            found,
+            output,
+            dtype=resolve_dtype(dtype, torch.device("cpu")),
+            for_diffusers=for_diffusers,
+            mean_with=others,
         )
         run.replay_with("--output", "-o", output=output, folder=True)
         run.add_output(output)

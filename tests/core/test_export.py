@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from physformer_core import PhysFormerPipeline, PhysFormerTransformer2DModel
 from physformer_core.checkpoints import find_checkpoint
-from physformer_core.errors import OutputError
+from physformer_core.errors import CheckpointError, OutputError
 from physformer_core.export import export_checkpoint
 
 SIZE = {"height": 64, "width": 64, "seeds": 3, "num_inference_steps": 2, "output_type": "np"}
@@ -78,3 +78,38 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
     with pytest.raises(OutputError, match="no space left"):
         export_checkpoint(find_checkpoint(checkpoint), tmp_path / "new", dtype=torch.float16)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_mean_of_weights(checkpoint: Path, tmp_path: Path) -> None:
+    trained = PhysFormerPipeline.from_pretrained(checkpoint)
+    for number in (1, 2):
+        with torch.no_grad():
+            for param in trained.transformer.parameters():
+                param.add_(torch.randn_like(param), alpha=0.1)
+        trained.save_pretrained(tmp_path / f"later{number}")
+    first, *others = (find_checkpoint(folder) for folder in (checkpoint, tmp_path / "later1", tmp_path / "later2"))
+    weights = export_checkpoint(first, tmp_path / "mean", dtype=torch.float32, mean_with=others)
+    mean, parts = load_file(weights), [load_file(one.weights[0]) for one in (first, *others)]
+    for name, values in mean.items():
+        torch.testing.assert_close(values, torch.stack([part[name] for part in parts]).mean(0))
+    assert not torch.equal(mean["blocks.0.attn.to_q.weight"], parts[0]["blocks.0.attn.to_q.weight"])
+    assert find_checkpoint(tmp_path / "mean").pipeline["flow"] == {"start_noise": 0.3}
+    half = export_checkpoint(first, tmp_path / "half", dtype=torch.float16, mean_with=others)
+    kinds = {name: tensor.dtype for name, tensor in load_file(half).items()}
+    assert kinds["blocks.0.attn.to_q.weight"] == torch.float16
+    assert kinds["blocks.0.attn.drift_logit"] == torch.float32
+
+
+def test_networks_that_differ_have_no_mean(checkpoint: Path, tmp_path: Path) -> None:
+    wide = PhysFormerTransformer2DModel(
+        hidden_size=32, num_layers=2, num_heads=2, text_hidden_size=32, num_text_layers=1, bottleneck=16
+    )
+    PhysFormerPipeline(wide).save_pretrained(tmp_path / "deeper")
+    with pytest.raises(CheckpointError, match="deeper has another network than trained"):
+        export_checkpoint(
+            find_checkpoint(checkpoint),
+            tmp_path / "out",
+            dtype=torch.float32,
+            mean_with=[find_checkpoint(tmp_path / "deeper")],
+        )
+    assert not (tmp_path / "out").exists()
