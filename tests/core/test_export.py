@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -113,3 +114,10 @@ def test_networks_that_differ_have_no_mean(checkpoint: Path, tmp_path: Path) -> 
             mean_with=[find_checkpoint(tmp_path / "deeper")],
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_quantized_weights_have_no_mean(checkpoint: Path, tmp_path: Path) -> None:
+    found = find_checkpoint(checkpoint)
+    quantized = dataclasses.replace(found, quantization={"bits": 8})
+    with pytest.raises(CheckpointError, match="trained is quantized"):
+        export_checkpoint(found, tmp_path / "out", dtype=torch.float32, mean_with=[quantized])
