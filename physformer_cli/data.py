@@ -94,6 +94,13 @@ def fetch(
     pair_share: Annotated[
         float | None, typer.Option(help="Of scenes: share of them that shows two things.", show_default="0.45")
     ] = None,
+    variation: Annotated[
+        float | None,
+        typer.Option(
+            help="Of scenes: how much framing and plain colours vary, 0 to 0.5: 0.1 shows things up to a tenth closer.",
+            show_default="0",
+        ),
+    ] = None,
     as_json: console.JsonOption = False,
     no_record: console.NoRecordOption = False,
 ) -> None:
@@ -141,6 +148,7 @@ def fetch(
             "aspect": parse_aspect(aspect) if aspect is not None else None,
             "held_out_pairs": held_out_pairs,
             "pair_share": pair_share,
+            "variation": variation,
         }
         run.seeds = [seed] if seed is not None else []
         given = {**found.defaults, **{key: value for key, value in options.items() if value is not None}}

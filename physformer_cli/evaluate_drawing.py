@@ -123,6 +123,7 @@ def variety(
         nearest_pictures,
         neighbour_summary,
         scenes_like,
+        variation_of,
     )
     from physformer_core.hardware import resolve_device
     from physformer_core.project import recorded_run
@@ -133,6 +134,7 @@ def variety(
         found, where = find_checkpoint(checkpoint), resolve_device(device)
         shards = ShardSet(data_dir) if data_dir is not None else None
         group = level_0_group(shards, width / height) if shards is not None else None
+        variation = variation_of(shards) if shards is not None else 0.0
         cases = single_cases(prompts, seed, aspect=width / height, concepts=chosen_concepts(concepts))
         extractor = load_features(features, feature_model, where)
         # One picture for each prompt and seed: all of a prompt differ by their index alone.
@@ -151,7 +153,7 @@ def variety(
             rows: list[dict[str, Any]] = []
             scenes: list[Look] = []
             for number, case in enumerate(cases):
-                like = scenes_like(case, number, seeds, seed, aspect=width / height)
+                like = scenes_like(case, number, seeds, seed, aspect=width / height, variation=variation)
                 real = [look_at(render_svg(scene.svg, width, height), extractor, group) for scene in like]
                 own = looks[seeds * number : seeds * (number + 1)]
                 distances = [mean_distance(np.stack([one.features for one in some])) for some in (own, real)]

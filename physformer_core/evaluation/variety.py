@@ -12,6 +12,7 @@ from PIL import Image
 
 from physformer_core.data.scenes import compose_scene
 from physformer_core.data.scenes.composer import Scene
+from physformer_core.data.scenes.variation import varied
 from physformer_core.data.shard_set import Group, ShardSet
 from physformer_core.errors import DataError
 from physformer_core.evaluation.features import FeatureExtractor, unit
@@ -27,7 +28,9 @@ _SAME_SHAPE = 0.02  # ratio of the aspects, in logarithms
 _BLOCK = 4096
 
 
-def scenes_like(case: PromptCase, number: int, count: int, seed: int, *, aspect: float) -> list[Scene]:
+def scenes_like(
+    case: PromptCase, number: int, count: int, seed: int, *, aspect: float, variation: float = 0.0
+) -> list[Scene]:
     """Other scenes of what a prompt asks for: the same subject in its colour, and the same place, time and background
     where there is one and the prompt names it.
 
@@ -37,6 +40,7 @@ def scenes_like(case: PromptCase, number: int, count: int, seed: int, *, aspect:
         count: How many.
         seed: Decides them; none is in a training set.
         aspect: Width divided by height.
+        variation: As that of the set which they are compared with, `variation_of`.
     """
     asked, first = case.scene, _SCENES_OFFSET + 100_000 * number
     scenes: list[Scene] = []
@@ -52,10 +56,16 @@ def scenes_like(case: PromptCase, number: int, count: int, seed: int, *, aspect:
         )
         same = scene.subjects[0].colour == asked.subjects[0].colour
         if same and (scene.background == asked.background or " background" not in case.prompt):
-            scenes.append(scene)
+            scenes.append(varied(scene, variation))
         if len(scenes) == count:
             return scenes
     raise AssertionError("colours and backgrounds repeat")
+
+
+def variation_of(shards: ShardSet) -> float:
+    """How much the scenes of a set vary (`data fetch scenes --variation`); 0 of other sets."""
+    source = shards.manifest["source"].get("source", {})
+    return float(source.get("options", {}).get("variation", 0.0)) if source.get("name") == "scenes" else 0.0
 
 
 def mean_distance(features_nd: np.ndarray) -> float:

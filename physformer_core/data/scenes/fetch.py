@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from physformer_core.data.scenes.composer import check_aspect, check_pair_share, compose_scene
+from physformer_core.data.scenes.variation import check_variation, varied
 from physformer_core.data.set_folder import RAW_FORMAT, read_json, remove_half_written, write_json
 from physformer_core.data.workers import deaf_to_ctrl_c
 from physformer_core.errors import DataError
@@ -31,8 +32,8 @@ ATTRIBUTION = (
 ROWS_PER_FILE = 2000
 
 
-_Job = tuple[str, int, int, int, float | None, float, float | None]
-"""File, seed, first and last scene, aspect, share of pairs held out, share of scenes that are pairs."""
+_Job = tuple[str, int, int, int, float | None, float, float | None, float]
+"""File, seed, first and last scene, aspect, share of pairs held out, share of scenes that are pairs, variation."""
 
 
 def _write_file(job: _Job) -> tuple[str, int]:
@@ -40,10 +41,10 @@ def _write_file(job: _Job) -> tuple[str, int]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path, seed, start, stop, aspect, held_out, pair_share = job
+    path, seed, start, stop, aspect, held_out, pair_share, variation = job
     ranks = (held_out, 1.0)
     scenes = [
-        compose_scene(seed, index, aspect=aspect, pair_ranks=ranks, pair_share=pair_share)
+        varied(compose_scene(seed, index, aspect=aspect, pair_ranks=ranks, pair_share=pair_share), variation)
         for index in range(start, stop)
     ]
     table = pa.table(
@@ -94,6 +95,7 @@ def fetch_scenes(
     aspect: float | None = None,
     held_out_pairs: float = 0.0,
     pair_share: float | None = None,
+    variation: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
     workers: int = 1,
     rows_per_file: int = ROWS_PER_FILE,
@@ -111,6 +113,7 @@ def fetch_scenes(
         held_out_pairs: Share of the pairs of concepts that no scene shows together: 0, or `LEAST_HELD_OUT` to
             `MOST_HELD_OUT`.
         pair_share: Share of the scenes that show two things, 0 to 1; that of `composer.KINDS` by default.
+        variation: How much closer scenes may be shown, and how much plain colours may differ; see `variation.varied`.
         progress: Called with (scenes done, scenes in all) before the first and after every file; not at all if the
             set is there already.
         workers: Processes that compose.
@@ -136,6 +139,7 @@ def fetch_scenes(
         check_aspect(aspect)
     if pair_share is not None:
         check_pair_share(pair_share)
+    check_variation(variation)
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +150,8 @@ def fetch_scenes(
         options["held_out_pairs"] = held_out_pairs
     if pair_share is not None:
         options["pair_share"] = pair_share
+    if variation:
+        options["variation"] = variation
     source = {"name": "scenes", "seed": seed, "count": count, "options": options}
     manifest_path = folder / "manifest.json"
     known = _read_manifest(manifest_path, source)
@@ -159,6 +165,7 @@ def fetch_scenes(
             aspect,
             held_out_pairs,
             pair_share,
+            variation,
         )
         for number, start in enumerate(range(0, count, rows_per_file))
     ]

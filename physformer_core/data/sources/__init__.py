@@ -52,7 +52,7 @@ SOURCES: dict[str, Source] = {
             "scenes",
             "captioned scenes composed of Twemoji's vector art",
             "scenes",
-            ("count", "seed", "aspect", "held_out_pairs", "pair_share"),
+            ("count", "seed", "aspect", "held_out_pairs", "pair_share", "variation"),
             compose=fetch_scenes,
             defaults={"count": 36_000, "seed": 0},
         ),

@@ -2,6 +2,9 @@ import numpy as np
 import pytest
 
 from physformer_core.data.loader import ShardSet
+from physformer_core.data.preprocess import PreprocessConfig, preprocess
+from physformer_core.data.scenes import fetch_scenes
+from physformer_core.data.scenes.variation import varied
 from physformer_core.errors import DataError
 from physformer_core.evaluation.prompt_cases import chosen_concepts, single_cases
 from physformer_core.evaluation.variety import (
@@ -12,6 +15,7 @@ from physformer_core.evaluation.variety import (
     nearest_pictures,
     neighbour_summary,
     scenes_like,
+    variation_of,
 )
 
 
@@ -33,6 +37,17 @@ def test_scenes_show_what_the_prompt_asks_for():
             assert scene.background == case.scene.background or "background" not in case.prompt
         seen |= {scene.key for scene in scenes}
     assert len(seen) == 12 * 4  # none is counted twice
+
+
+def test_scenes_vary_as_those_of_the_set_do(scene_set, tmp_path):
+    assert variation_of(ShardSet(scene_set)) == 0
+    fetch_scenes(tmp_path / "raw", count=12, seed=1, aspect=1.0, variation=0.2)
+    config = PreprocessConfig(crops_per_example=0, buckets=((32, 32),), validation_fraction=0)
+    preprocess(tmp_path / "raw", tmp_path / "set", config=config)
+    assert variation_of(ShardSet(tmp_path / "set")) == 0.2
+    (case,) = single_cases(1, 0, aspect=1.0, concepts=chosen_concepts("apple"))
+    plain, others = (scenes_like(case, 0, 3, 0, aspect=1.0, variation=amount) for amount in (0.0, 0.2))
+    assert [varied(scene, 0.2) for scene in plain] == others != plain
 
 
 def test_copies_are_found_and_others_are_not(scene_set):
