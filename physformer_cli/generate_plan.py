@@ -463,7 +463,7 @@ def _check_tokens(
     """
     from physformer_core.errors import PromptError
     from physformer_core.prompts import BadLine
-    from physformer_core.text import count_prompt_tokens, nothing_said, unknown_parts
+    from physformer_core.text import count_prompt_tokens, nothing_said, shortened, unknown_parts
 
     def texts(picture: Picture) -> list[str]:
         return [text for text in (picture.request.prompt, picture.request.negative_prompt) if text is not None]
@@ -476,11 +476,10 @@ def _check_tokens(
     for picture in pictures:
         fault = None
         for text in texts(picture):
-            shown = text if len(text) <= 60 else text[:57] + "..."
             if counts[text] == 0:
                 fault = nothing_said(text)
             elif counts[text] > limit:
-                fault = f"the prompt {shown!r} has {counts[text]} tokens, and the model takes {limit}"
+                fault = f"the prompt {shortened(text)!r} has {counts[text]} tokens, and the model takes {limit}"
         if fault is None:
             good.append(picture)
         elif fatal:

@@ -24,7 +24,7 @@ from physformer_core.flow.settling import settled
 from physformer_core.flow.shifted import predict_shifted
 from physformer_core.flow.solver import SolverSettings, integrate, steps_per_level
 from physformer_core.model.transformer import EncodedPrompt, PhysFormerTransformer2DModel
-from physformer_core.text import TextEncoder, load_text_encoder
+from physformer_core.text import TextEncoder, load_text_encoder, shortened
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class PhysFormerPipeline(DiffusionPipeline):
             count = self.prompt_encoder.token_count(text)
             if count > self.config.prompt_tokens:
                 raise PromptError(
-                    f"the prompt has {count} tokens, the model takes {self.config.prompt_tokens}: {text[:60]!r}",
+                    f"the prompt has {count} tokens, the model takes {self.config.prompt_tokens}: {shortened(text)!r}",
                     hint="shorten it; nothing is cut silently",
                 )
 

@@ -449,10 +449,16 @@ def _download(name: str) -> Path:
     return folder
 
 
+def shortened(prompt: str) -> str:
+    """A prompt as messages quote it: its first 60 characters, and whether there are more."""
+    return prompt if len(prompt) <= 60 else prompt[:57] + "..."
+
+
 def nothing_said(prompt: str) -> str:
     """What to tell of a prompt of no tokens."""
-    shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
-    return f"the prompt {shown!r} " + ("has nothing that the text encoder knows" if prompt.strip() else "is empty")
+    return f"the prompt {shortened(prompt)!r} " + (
+        "has nothing that the text encoder knows" if prompt.strip() else "is empty"
+    )
 
 
 def unknown_parts(prompts: Sequence[str], spec: str | Path = "minilm") -> list[str]:
@@ -466,14 +472,13 @@ def unknown_parts(prompts: Sequence[str], spec: str | Path = "minilm") -> list[s
 
 
 def _check_length(prompt: str, count: int, max_tokens: int, max_length: int | None, name: str) -> None:
-    shown = prompt if len(prompt) <= 60 else prompt[:57] + "..."
     limit = max_tokens if max_length is None else min(max_tokens, max_length)
     if count == 0:
         raise PromptError(nothing_said(prompt), hint="describe the picture in a few words of English")
     if count > limit:
         whose = f"the text encoder {name} takes" if limit == max_tokens else "the limit here is"
         raise PromptError(
-            f"the prompt {shown!r} has {count} tokens; {whose} {limit}",
+            f"the prompt {shortened(prompt)!r} has {count} tokens; {whose} {limit}",
             hint=f"shorten it by about {count - limit} tokens (a word is one token or a few)",
         )
 

@@ -19,7 +19,7 @@ from physformer_core.data.contact_sheet import Exhibit, draw_sheet, write_sheet
 from physformer_core.data.loader import BatchStream, ShardSet
 from physformer_core.errors import ConfigError, PromptError
 from physformer_core.pipeline import PhysFormerPipeline
-from physformer_core.text import PromptEmbeddings, TextEncoder, load_text_encoder
+from physformer_core.text import PromptEmbeddings, TextEncoder, load_text_encoder, shortened
 from physformer_core.training.ema import WeightAverage
 
 _COLUMNS = 4
@@ -133,7 +133,7 @@ def _encoded(prompts: list[str], shards: ShardSet) -> dict[str, PromptEmbeddings
     for prompt, count in zip(prompts, encoder.token_counts(prompts), strict=True):
         if count > longest:
             raise PromptError(
-                f"the sample prompt has {count} tokens, the model takes {longest}: {prompt[:60]!r}",
+                f"the sample prompt has {count} tokens, the model takes {longest}: {shortened(prompt)!r}",
                 hint="shorten it; nothing is cut silently",
             )
     return {prompt: encoder.encode([prompt], max_length=longest) for prompt in dict.fromkeys(prompts)}
