@@ -3,6 +3,7 @@
 The composer gives a thing one size and few places, so that small networks learn its drawing in full detail. What they
 learn is that drawing in that many pixels, and no other, and some of their pictures are copies of scenes, as the scenes
 are of each other (docs/results.md). Networks with more training than two cores can give may have scenes that vary.
+(`PreprocessConfig.base_views` zooms, too: whole pictures alone, not their crops, whatever that cuts off.)
 """
 
 from __future__ import annotations

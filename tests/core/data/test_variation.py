@@ -49,6 +49,9 @@ def test_things_stay_whole_and_boxes_follow_them(kind):
             assert (before.concept, before.role, before.colour) == (after.concept, after.role, after.colour)
             size, now = (one.box[2] - one.box[0] for one in (before, after))
             assert now == pytest.approx(size * float(view[1]), abs=3e-4), "nothing of it is cut off"
+            corner = -float(view[3]) / scene.height, -float(view[2]) / scene.width
+            moved = [(edge - start) * float(view[1]) for edge, start in zip(before.box, corner * 2, strict=True)]
+            assert after.box == pytest.approx(moved, abs=5e-4)
         sides.add(view[1])
     assert len(sides) > 20
 
