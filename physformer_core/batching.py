@@ -122,7 +122,7 @@ class Planner:
         self.hidden_size = int(network.get("hidden_size", 256))
         self.factor = load_codec(checkpoint.codec_name).factor
         self.flow = FlowConfig(**checkpoint.pipeline["flow"])
-        self.pyramid: Pyramid = self.flow.pyramid(self.patch)
+        self.pyramid: Pyramid = self.flow.pyramid(self.patch, self.base_patch)
 
     def sizes(self, width: int, height: int) -> list[LevelSize]:
         """Sizes of the levels, in elements of the field."""

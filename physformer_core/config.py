@@ -52,13 +52,15 @@ class FlowConfig:
     def flow_path(self) -> FlowPath:
         return FlowPath(name=self.path, prediction=self.prediction, end_margin=self.end_margin)  # type: ignore[arg-type]
 
-    def pyramid(self, patch_size: int) -> Pyramid:
+    def pyramid(self, patch_size: int, base_patch_size: int = 0) -> Pyramid:
+        """Levels, of a network with patches of these sizes; see `Pyramid`."""
         return Pyramid(
             start_noise=self.start_noise,
             coarse_noise=self.coarse_noise,
             base_area=self.base_area,
             base_widening=self.base_widening,
             patch_size=patch_size,
+            base_patch_size=base_patch_size,
         )
 
     def is_shifted(self, level: int) -> bool:

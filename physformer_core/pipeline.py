@@ -115,7 +115,8 @@ class PhysFormerPipeline(DiffusionPipeline):
     @property
     def pyramid(self) -> Pyramid:
         """Levels as the network was trained."""
-        return self.flow.pyramid(self.transformer.config.patch_size)
+        config = self.transformer.config
+        return self.flow.pyramid(config.patch_size, config.base_patch_size)
 
     def level_sizes(self, height: int, width: int) -> list[LevelSize]:
         """Sizes of the levels of a picture of height x width pixels."""

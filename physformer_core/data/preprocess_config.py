@@ -15,7 +15,7 @@ class PreprocessConfig:
 
     Attributes:
         buckets: (height, width) of level-0 pictures in elements of the field (pixels, unless there is a codec),
-            multiples of 8, of about the areas at which pictures are begun (`Pyramid.area_of_base`): with the presets
+            even and whole patches of the network's level 0, of about the areas at which pictures are begun (`Pyramid.area_of_base`): with the presets
             all have one shorter side.
         base_views: Level-0 pictures per example. The first shows as much as the bucket's aspect allows, further ones
             up to 15 % less, at a random place.
@@ -53,8 +53,8 @@ class PreprocessConfig:
         object.__setattr__(self, "buckets", tuple(tuple(bucket) for bucket in self.buckets))
         object.__setattr__(self, "levels", tuple(self.levels))
         object.__setattr__(self, "level_weights", tuple(self.level_weights))
-        if not self.buckets or any(len(b) != 2 or any(side < 8 or side % 8 for side in b) for b in self.buckets):
-            raise ConfigError(f"buckets must be (height, width) pairs of multiples of 8, not {self.buckets}")
+        if not self.buckets or any(len(b) != 2 or any(side < 8 or side % 2 for side in b) for b in self.buckets):
+            raise ConfigError(f"buckets must be (height, width) pairs of even sides from 8 on, not {self.buckets}")
         if len(set(self.buckets)) != len(self.buckets):
             raise ConfigError("a bucket is named twice")
         if len(set(self.levels)) != len(self.levels) or any(not 1 <= level <= 8 for level in self.levels):

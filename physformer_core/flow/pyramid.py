@@ -73,6 +73,7 @@ class Pyramid:
             0 every shape has the same area, at 1 the same shorter side, so that things as large as the shorter side
             allows have as many elements in wide pictures as in square ones.
         patch_size: Levels are rounded up to whole patches.
+        base_patch_size: Side of level 0's patches; 0: as at the others.
     """
 
     start_noise: float = 0.25
@@ -80,6 +81,7 @@ class Pyramid:
     base_area: int = BASE_AREA
     base_widening: float = 0.0
     patch_size: int = 8
+    base_patch_size: int = 0
 
     def __post_init__(self) -> None:
         if self.start_noise <= 0 or self.coarse_noise < 0:
@@ -106,11 +108,13 @@ class Pyramid:
         for level, factor in enumerate(factors):
             h, w = (math.ceil(side / factor - 1e-9) for side in (height, width))
             growth = factors[level - 1] / factor if level else 1.0
-            sizes.append(LevelSize(level, h, w, self._padded(h), self._padded(w), factor, growth))
+            padded_h, padded_w = (_whole(side, self._base_patch if level == 0 else self.patch_size) for side in (h, w))
+            sizes.append(LevelSize(level, h, w, padded_h, padded_w, factor, growth))
         return sizes
 
-    def _padded(self, side: float) -> int:
-        return math.ceil(side / self.patch_size - 1e-9) * self.patch_size
+    @property
+    def _base_patch(self) -> int:
+        return self.base_patch_size or self.patch_size
 
     def _first_factor(self, height: int, width: int) -> float:
         """Elements of the finished field per element of level 0, in each direction: 1 for a single level.
@@ -118,10 +122,10 @@ class Pyramid:
         A power of two where that leads near the base area with little padding. Else what comes nearest to the area and
         wastes least: level 0 of an area that was not trained on draws other, weaker pictures than of one that was.
         """
-        base_area = self.area_of_base(height, width)
+        base_area, patch = self.area_of_base(height, width), self._base_patch
 
         def padded_area(factor: float) -> int:
-            return self._padded(height / factor) * self._padded(width / factor)
+            return _whole(height / factor, patch) * _whole(width / factor, patch)
 
         def waste(factor: float) -> float:
             return padded_area(factor) / (height * width / factor**2)
@@ -133,10 +137,8 @@ class Pyramid:
         ideal = math.sqrt(height * width / base_area)
         candidates = [ideal]
         for side in (height, width):  # whole patches along one side, and nearly the area
-            fewest, most = (side / (self.patch_size * ideal * times) for times in (_NEAR, 1 / _NEAR))
-            candidates += [
-                side / (self.patch_size * count) for count in range(math.ceil(fewest), math.floor(most) + 1) if count
-            ]
+            fewest, most = (side / (patch * ideal * times) for times in (_NEAR, 1 / _NEAR))
+            candidates += [side / (patch * count) for count in range(math.ceil(fewest), math.floor(most) + 1) if count]
         near = [f for f in candidates if 1 / _NEAR <= padded_area(f) / base_area <= _NEAR]
         return min(
             near or candidates,
@@ -155,18 +157,20 @@ class Pyramid:
 
     def coarse_for(self, previous: Tensor, size: LevelSize) -> Tensor:
         """The coarser level's padded field, upsampled to this level's padded size, where it ends by its edge."""
-        if abs(size.growth - 2) < 1e-6:
+        doubles = abs(size.growth - 2) < 1e-6
+        wanted = (math.ceil(side / size.growth) + (not doubles) for side in (size.padded_height, size.padded_width))
+        below, behind = (max(0, most - side) for most, side in zip(wanted, previous.shape[-2:], strict=True))
+        if below or behind:
+            previous = F.pad(previous, (0, behind, 0, below), mode="replicate")
+        if doubles:
             return self.upsample(previous)[:, :, : size.padded_height, : size.padded_width]
         # To half of this level's size first: a network learns to sharpen what was doubled, and of what grew by less,
         # which is sharper, it makes blocks with halos. What that takes of the level before is drawn anew, as often as
         # levels grow by less: so only one does. Pixels' centres stay where they are in the picture, so the ratio
         # is that of the factors, not of the sizes.
-        scale = size.growth / 2
-        wanted = (math.ceil(side / size.growth) + 1 for side in (size.padded_height, size.padded_width))
-        below, behind = (max(0, most - side) for most, side in zip(wanted, previous.shape[-2:], strict=True))
         half = F.interpolate(
-            F.pad(previous, (0, behind, 0, below), mode="replicate"),
-            scale_factor=scale,
+            previous,
+            scale_factor=size.growth / 2,
             mode="bicubic",
             align_corners=False,
             recompute_scale_factor=False,
@@ -191,6 +195,11 @@ class Pyramid:
     def velocity_scale(is_base: bool) -> float:
         """Rough size of what a level's velocities must guess, by which losses of levels are made comparable."""
         return 1.0 if is_base else DETAIL_SCALE
+
+
+def _whole(side: float, patch: int) -> int:
+    """A side rounded up to whole patches."""
+    return math.ceil(side / patch - 1e-9) * patch
 
 
 def picture_seed(seed: int, index: int, level: int, purpose: str = "start") -> int:

@@ -90,7 +90,7 @@ class PhysFormerTransformer2DModel(  # type: ignore[misc]
         refiner_channels: Width of the `PhysFormerRefiner` of level 0; 0 for none.
         base_num_layers: Blocks of a network of its own for level 0; 0 for one network at all levels.
         base_hidden_size, base_num_heads, base_patch_size: Its other sizes; without one they have no meaning and must be
-            0. Patches of level 0 divide `patch_size`.
+            0.
     """
 
     _supports_gradient_checkpointing = True
@@ -156,9 +156,6 @@ class PhysFormerTransformer2DModel(  # type: ignore[misc]
                 f"heads and patches of {base_patch_size}, cannot be",
                 hint="give all of base_num_layers, base_hidden_size, base_num_heads and base_patch_size, or none",
             )
-        if base_num_layers and patch_size % base_patch_size:
-            # Levels are padded to whole patches of the larger kind, whoever draws them.
-            raise ConfigError(f"base_patch_size {base_patch_size} does not divide patch_size {patch_size}")
         self.build_embeddings(sizes)
         self.text_embed = nn.Linear(text_dim, text_hidden_size)
         self.text_blocks = nn.ModuleList(

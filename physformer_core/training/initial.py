@@ -13,6 +13,7 @@ from physformer_core.checkpoints import find_checkpoint
 from physformer_core.config import RunConfig, TrainConfig
 from physformer_core.data.shard_set import ShardSet
 from physformer_core.errors import CheckpointError, ConfigError
+from physformer_core.model.patch_size import resized_reading, resized_writing
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.training.adapter import adapted_model, adapter_facts, check_text
 from physformer_core.training.checkpoint import transformer_folder
@@ -54,6 +55,7 @@ def first_network(
         model = PhysFormerTransformer2DModel(**arguments)
     else:
         model = _with_parts_of_level_0(_started_from(init_from, arguments), arguments)
+        model = _with_patches_of_level_0(model, arguments["base_patch_size"])
         _check_model(model, arguments, init_from)
     freeze(model, config.training)
     return model, facts
@@ -146,3 +148,30 @@ def _with_parts_of_level_0(
     weights = grown.state_dict()
     grown.load_state_dict(weights | {name: tensor for name, tensor in kept.items() if name in weights})
     return grown
+
+
+def _with_patches_of_level_0(model: PhysFormerTransformer2DModel, new: int) -> PhysFormerTransformer2DModel:
+    """The network with other patches in its network of level 0: of as many tokens, pictures of another resolution.
+
+    It begins with what it would have drawn of the pictures' lower frequencies, without a correction by its refiner,
+    which is of single elements and learns anew what to correct.
+    """
+    old = model.config.base_patch_size
+    if not old or not new or old == new:
+        return model
+    given = {key: value for key, value in model.config.items() if key[0] != "_"} | {"base_patch_size": new}
+    weights = model.state_dict()
+    for name, resized in (
+        ("patch_embed.proj1.weight", resized_reading),
+        ("final_layer.proj_out.weight", resized_writing),
+        ("final_layer.proj_out.bias", resized_writing),
+    ):
+        weights[f"base.{name}"] = resized(weights[f"base.{name}"], old, new)
+    changed = PhysFormerTransformer2DModel(**given)
+    if "base.refiner.tokens.weight" in weights:
+        for kind in ("weight", "bias"):
+            told = weights[f"base.refiner.tokens.{kind}"]
+            weights[f"base.refiner.tokens.{kind}"] = resized_writing(told, old // 2, new // 2)
+            weights[f"base.refiner.leave.{kind}"].zero_()
+    changed.load_state_dict(weights)
+    return changed

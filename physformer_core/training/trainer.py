@@ -63,10 +63,13 @@ draws the 14 million numbers of a thousand crops in some 100 ms: three times as 
 def _unlike_level_zero(pyramid: Pyramid, sizes: Sequence[tuple[int, int]]) -> str | None:
     """What is wrong with the first of these (height, width) that is not what a picture of its shape begins with."""
     for height, width in sizes:
-        levels, begun = len(pyramid.level_sizes(height, width)), pyramid.area_of_base(height, width)
+        first, *finer = pyramid.level_sizes(height, width)
+        begun = pyramid.area_of_base(height, width)
         named = f"this set's whole pictures have {width}x{height} elements"
-        if levels > 1:
-            return f"{named}, of which base_area {pyramid.base_area} would make level {levels - 1}"
+        if finer:
+            return f"{named}, of which base_area {pyramid.base_area} would make level {len(finer)}"
+        if (first.padded_height, first.padded_width) != (height, width):
+            return f"{named}, which are not whole patches of {pyramid.base_patch_size or pyramid.patch_size}"
         if begun > _MOST_BEGUN * height * width:
             return f"{named}, where pictures of that shape begin with {begun:.0f}: a size that would not be trained"
     return None
@@ -178,7 +181,7 @@ class Trainer:
         base_density, fine_density = config.flow.densities()
         self.objective = FlowObjective(
             path=config.flow.flow_path(),
-            pyramid=config.flow.pyramid(self.model.config.patch_size),
+            pyramid=config.flow.pyramid(self.model.config.patch_size, self.model.config.base_patch_size),
             base_density=base_density,
             fine_density=fine_density,
             prompt_dropout=train.prompt_dropout,
@@ -220,7 +223,9 @@ class Trainer:
 
     def _check_level_zero(self) -> None:
         """Refuses whole pictures of sizes that sampling, with this configuration, would not begin with."""
-        pyramid = self.config.flow.pyramid(self.config.model.get("patch_size", 1))
+        pyramid = self.config.flow.pyramid(
+            self.config.model.get("patch_size", 1), self.config.model.get("base_patch_size", 0)
+        )
         sizes = [group.size for group in self.shards.groups("base", "train")]
         if (wrong := _unlike_level_zero(pyramid, sizes)) is None:
             return

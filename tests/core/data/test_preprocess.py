@@ -412,7 +412,7 @@ def test_further_views_differ_and_validation_stays_apart(tmp_path: Path, raw_wri
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"buckets": [[64, 63]]}, "multiples of 8"),
+        ({"buckets": [[64, 63]]}, "even sides"),
         ({"buckets": [[64, 64], [64, 64]]}, "twice"),
         ({"levels": [1, 2]}, "as many weights"),
         ({"levels": [0], "level_weights": [1.0]}, "from 1 to 8"),

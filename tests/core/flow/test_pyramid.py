@@ -60,10 +60,13 @@ def test_a_square_begins_with_the_same_whatever_other_shapes_do() -> None:
     height=st.integers(1, 9000),
     width=st.integers(1, 9000),
     patch=st.sampled_from([2, 8, 16]),
+    base_patch=st.sampled_from([0, 4, 6]),
     widening=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_any_size_has_levels_that_grow_into_one_another(height: int, width: int, patch: int, widening: float) -> None:
-    pyramid = Pyramid(patch_size=patch, base_widening=widening)
+def test_any_size_has_levels_that_grow_into_one_another(
+    height: int, width: int, patch: int, base_patch: int, widening: float
+) -> None:
+    pyramid = Pyramid(patch_size=patch, base_patch_size=base_patch, base_widening=widening)
     sizes = pyramid.level_sizes(height, width)
     assert (sizes[-1].height, sizes[-1].width) == (height, width)
     assert [size.level for size in sizes] == list(range(len(sizes)))
@@ -71,8 +74,9 @@ def test_any_size_has_levels_that_grow_into_one_another(height: int, width: int,
     if height * width >= 2 * area and min(height, width) / max(height, width) > 0.2:
         assert 0.5 <= sizes[0].padded_height * sizes[0].padded_width / area <= 2
     for size in sizes:
-        assert size.padded_height % patch == size.padded_width % patch == 0
-        assert 0 <= size.padded_height - size.height < patch and 0 <= size.padded_width - size.width < patch
+        whole = patch if size.level or not base_patch else base_patch
+        assert size.padded_height % whole == size.padded_width % whole == 0
+        assert 0 <= size.padded_height - size.height < whole and 0 <= size.padded_width - size.width < whole
         assert size.place == (0.0, 0.0, size.padded_height / size.height, size.padded_width / size.width)
         assert size.height == math.ceil(height / size.factor - 1e-9)
     assert sizes[0].growth == sizes[-1].factor == 1
@@ -111,13 +115,25 @@ def test_what_grows_by_less_than_two_is_as_blurred_as_what_was_doubled() -> None
         assert 0.25 < steepest <= 0.5, "what was doubled has steps of a half at most"
 
 
-def test_coarse_field_has_the_size_of_its_level() -> None:
-    pyramid = Pyramid()
-    sizes = pyramid.level_sizes(333, 201)
+@pytest.mark.parametrize("base_patch", [0, 2, 6])
+@pytest.mark.parametrize(("height", "width"), [(333, 201), (336, 196)])
+def test_coarse_field_has_the_size_of_its_level(base_patch: int, height: int, width: int) -> None:
+    pyramid = Pyramid(base_patch_size=base_patch)
+    sizes = pyramid.level_sizes(height, width)
     field = torch.randn(2, 3, sizes[0].padded_height, sizes[0].padded_width)
     for size in sizes[1:]:
         field = pyramid.coarse_for(field, size)
         assert field.shape == (2, 3, size.padded_height, size.padded_width)
+
+
+def test_where_a_coarser_level_is_padded_by_less_its_edge_is_repeated() -> None:
+    pyramid = Pyramid(base_patch_size=6, base_area=42 * 42)
+    first, second = pyramid.level_sizes(84, 84)
+    assert (first.padded_width, second.padded_width) == (42, 88)
+    field = torch.randn(1, 3, 42, 42)
+    grown = pyramid.coarse_for(field, second)
+    assert torch.allclose(grown[..., :83, :83], Pyramid.upsample(field)[..., :83, :83])
+    assert torch.allclose(grown[..., 84:], grown[..., 83:84].expand(-1, -1, -1, 4), atol=1e-6)
 
 
 def test_blur_is_what_the_coarser_level_knows() -> None:

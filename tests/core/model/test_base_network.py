@@ -132,7 +132,7 @@ def test_it_is_saved_and_loaded(build: Build, prompt_of: PromptOf, tmp_path: Pat
         {"base_num_layers": 2},
         {"base_hidden_size": 64},
         {**BASE, "base_num_layers": -1},
-        {**BASE, "base_patch_size": 3},
+        {**BASE, "base_patch_size": 0},
         {**BASE, "base_num_heads": 5},
         {**BASE, "base_hidden_size": 24},
     ],

@@ -5,7 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from physformer_core.config import load_preset
+from physformer_core.data.shard_set import ShardSet
 from physformer_core.errors import CheckpointError, ConfigError
+from physformer_core.model.patch_size import resampling
+from physformer_core.model.transformer import PhysFormerTransformer2DModel
+from physformer_core.training.initial import first_network
 from physformer_core.training.trainer import Trainer
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -14,9 +18,35 @@ FINE_ALONE = "text_, null_,base."
 BASE = {"base_num_layers": 1, "base_hidden_size": 64, "base_num_heads": 2, "base_patch_size": 4}
 
 
-def make(data, folder, *, init_from=None, **training) -> Trainer:
-    config = load_preset("debug").override("model", **BASE).override("training", sample_every=0, **training)
-    return Trainer(config, data, folder, device="cpu", init_from=init_from)
+def debug(sizes=None, **training):
+    model = BASE | (sizes or {})
+    return load_preset("debug").override("model", **model).override("training", sample_every=0, **training)
+
+
+def make_with(data, folder, sizes, *, init_from=None, **training) -> Trainer:
+    return Trainer(debug(sizes, **training), data, folder, device="cpu", init_from=init_from)
+
+
+def make(data, folder, **options) -> Trainer:
+    return make_with(data, folder, {}, **options)
+
+
+def resized_field(field, old, new):
+    """A field [B, C, H, W] with patches of another size."""
+    across = resampling(new, old).float()
+    patches = field.unflatten(3, (-1, old)).unflatten(2, (-1, old)).transpose(3, 4)
+    return (across @ patches @ across.T).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
+@torch.no_grad()
+def seen(model, field):
+    """What its network of level 0 makes of a field under no prompt."""
+    count = field.shape[0]
+    no_text = torch.zeros(count, 8, model.config.text_dim), torch.ones(count, 8, dtype=torch.bool)
+    pooled, drop = torch.zeros(count, model.config.pooled_dim), torch.ones(count, dtype=torch.bool)
+    prompt = model.encode_prompt(*no_text, pooled, drop)
+    time, level = torch.full((count,), 0.4), torch.zeros(count, dtype=torch.long)
+    return model.eval()(field, time, prompt, level, return_dict=False)[0]
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +118,39 @@ def test_steps_that_would_train_nothing_are_refused(scene_set, tmp_path, options
 def test_an_adapter_freezes_by_itself():
     with pytest.raises(ConfigError, match="freeze has no effect with lora_rank"):
         load_preset("debug").override("training", lora_rank=4, freeze="text_")
+
+
+def test_level_0_goes_on_with_larger_patches(scene_set, start, tmp_path):
+    """Of pictures half as large again, level 0 sees and draws what it did."""
+    before = PhysFormerTransformer2DModel.from_pretrained(start / "transformer")
+    torch.nn.init.normal_(before.base.final_layer.proj_out.weight, std=0.1)
+    before.save_pretrained(tmp_path / "start" / "transformer")
+    small = torch.randn(2, 3, 16, 24)
+    wide = resized_field(small, 4, 6)
+    assert wide.shape == (2, 3, 24, 36)
+    trainer = make_with(scene_set, tmp_path / "run", {"base_patch_size": 8}, init_from=tmp_path / "start", steps=1)
+    assert trainer.model.config.base_patch_size == 8 and trainer.run()
+    after = first_network(debug({"base_patch_size": 6}), trainer.shards, tmp_path / "start")[0]
+    assert torch.allclose(seen(after, wide), resized_field(seen(before, small), 4, 6), atol=1e-4)
+    assert not torch.allclose(seen(after, wide), torch.zeros(()), atol=1e-2)
+
+
+def test_a_refiner_of_larger_patches_corrects_nothing_at_first(scene_set, start, tmp_path):
+    refined = {"refiner_channels": 4}
+    before = PhysFormerTransformer2DModel(**PhysFormerTransformer2DModel.load_config(start / "transformer") | refined)
+    for network in before.networks():
+        for layer in network.zero_at_first():
+            torch.nn.init.normal_(layer.weight, std=0.1)
+    before.save_pretrained(tmp_path / "transformer")
+    shards = ShardSet(scene_set)
+    after = first_network(debug({"base_patch_size": 6} | refined), shards, tmp_path)[0]
+    field = torch.randn(2, 3, 24, 36)
+    with_refiner = seen(after, field)
+    after.base.refiner = None
+    assert torch.equal(with_refiner, seen(after, field)) and with_refiner.std() > 0.1
+
+
+def test_pictures_that_are_not_whole_patches_are_refused(scene_set, start, tmp_path):
+    with pytest.raises(ConfigError, match="not whole patches of 6") as caught:
+        make_with(scene_set, tmp_path, {"base_patch_size": 6}, init_from=start)
+    assert "--buckets" in caught.value.hint
