@@ -20,7 +20,7 @@ mkdir -p "$folder"
 physformer data fetch scenes --count "${SCENES:-120000}" --seed "$seed" --held-out-pairs 0.1 --output "$folder/scenes"
 
 physformer data preprocess "$folder/scenes" --output "$folder/set" --crops-per-example "${CROPS:-1.2}" --device "$device" \
-    ${LEVEL_WEIGHTS:+--level-weights "$LEVEL_WEIGHTS"}
+    --preset "${PRESET:-nano}" ${LEVEL_WEIGHTS:+--level-weights "$LEVEL_WEIGHTS"}
 
 physformer train --preset "${PRESET:-nano}" --data-dir "$folder/set" --output "$folder/run" --resume auto \
     --seed "$seed" --device "$device" \

@@ -198,11 +198,15 @@ def preprocess(
         typer.Option(help="How often each level, for example 3,2,1.", show_default="coarser more often"),
     ] = None,
     crop_size: Annotated[int, typer.Option(help="Side of a stored crop in elements of the field.")] = 96,
+    preset: Annotated[
+        str,
+        typer.Option("--preset", "-p", help="What is to be trained, or its TOML file: level-0 pictures have its sizes."),
+    ] = "nano",
     buckets: Annotated[
         str | None,
         typer.Option(
             help="WIDTHxHEIGHT,... of level-0 pictures, in elements of the field.",
-            show_default="32x32 and six with that shorter side, up to 72x32",
+            show_default="the preset's: 32x32 and six with that shorter side, up to 72x32",
         ),
     ] = None,
     base_views: Annotated[int, typer.Option(help="Whole pictures per example; from 2 on slightly zoomed ones.")] = 1,
@@ -237,6 +241,7 @@ def preprocess(
 
       physformer data preprocess data/photos -o data/latents --codec madebyollin/taesd --levels 1 --device cuda
     """
+    from physformer_core.config import load_preset
     from physformer_core.data.preprocess import PreprocessConfig
     from physformer_core.data.preprocess import preprocess as run_preprocessing
     from physformer_core.project import recorded_run
@@ -255,7 +260,7 @@ def preprocess(
             codec=codec,
             validation_fraction=validation_fraction,
             seed=seed,
-            buckets=PreprocessConfig.buckets if buckets is None else _buckets(buckets),
+            buckets=load_preset(preset).pyramid().training_sizes() if buckets is None else _buckets(buckets),
         )
         run.seeds = [seed]
         run.config = {**vars(config), "raw": raw, "output": output, "workers": workers, "overwrite": overwrite}

@@ -263,12 +263,8 @@ class RunConfig:
         unknown = set(values) - {"model", "flow", "training"}
         if unknown:
             raise ConfigError(f"{source}: unknown table [{sorted(unknown)[0]}]", hint="[model], [flow] or [training]")
-        from physformer_core.model.transformer import PhysFormerTransformer2DModel
-
-        signature = inspect.signature(PhysFormerTransformer2DModel.__init__)
-        allowed = {name: p.default for name, p in signature.parameters.items() if name != "self"}
         model = dict(values.get("model", {}))
-        _check_keys(model, allowed, f"{source}: [model]")
+        _check_keys(model, _model_defaults(), f"{source}: [model]")
         flow = dict(values.get("flow", {}))
         training = dict(values.get("training", {}))
         for key in _SWITCHES:
@@ -278,6 +274,12 @@ class RunConfig:
         _check_keys(flow, _defaults(FlowConfig), f"{source}: [flow]")
         _check_keys(training, _defaults(TrainConfig), f"{source}: [training]")
         return cls(model=model, flow=FlowConfig(**flow), training=TrainConfig(**training))
+
+    def pyramid(self) -> Pyramid:
+        """Levels of its pictures."""
+        defaults = _model_defaults()
+        patches = (self.model.get(name, defaults[name]) for name in ("patch_size", "base_patch_size"))
+        return self.flow.pyramid(*patches)
 
     def override(self, table: str, **values: Any) -> RunConfig:
         """A copy with some keys of one table replaced; None leaves a key as it is, `_SWITCHES` may be bools."""
@@ -323,6 +325,13 @@ def load_preset(name: str) -> RunConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name}: {error}") from None
     return RunConfig.from_dict(values, name)
+
+
+def _model_defaults() -> dict[str, Any]:
+    from physformer_core.model.transformer import PhysFormerTransformer2DModel
+
+    signature = inspect.signature(PhysFormerTransformer2DModel.__init__)
+    return {name: parameter.default for name, parameter in signature.parameters.items() if name != "self"}
 
 
 def _defaults(cls: type) -> dict[str, Any]:

@@ -15,8 +15,8 @@ class PreprocessConfig:
 
     Attributes:
         buckets: (height, width) of level-0 pictures in elements of the field (pixels, unless there is a codec),
-            even and whole patches of the network's level 0, of about the areas at which pictures are begun (`Pyramid.area_of_base`): with the presets
-            all have one shorter side.
+            even and whole patches of the network's level 0, of about the areas at which pictures are begun
+            (`Pyramid.area_of_base`): with the presets all have one shorter side.
         base_views: Level-0 pictures per example. The first shows as much as the bucket's aspect allows, further ones
             up to 15 % less, at a random place.
         min_kept_area: Pictures of which no bucket shows at least this fraction are refused.

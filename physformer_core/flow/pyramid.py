@@ -28,6 +28,9 @@ _NEAR = 1.3
 """How many times larger or smaller than the base area level 0 may be, padding included, if halving leads there, and how
 many times larger padding may make it. Beyond that one level grows by less."""
 
+_LONGER = (1.25, 1.75, 2.25)
+"""Longer over shorter side of the wide and tall pictures that level 0 is trained on, beside square ones."""
+
 _ODD_LEVEL = 3
 """The level that grows by less, or the last if there are fewer: what it takes of the level before is drawn anew. By
 then what is shown is decided, and it costs little. At the last level it takes a fifth more work at 720p, for pictures
@@ -115,6 +118,15 @@ class Pyramid:
     @property
     def _base_patch(self) -> int:
         return self.base_patch_size or self.patch_size
+
+    def training_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of whole pictures to train level 0 on: a square, and three wide and tall shapes."""
+        patch, sizes = self._base_patch, []
+        for ratio in (1.0, *_LONGER):
+            shorter = math.sqrt(self.area_of_base(1, ratio) / ratio)
+            short, long = (max(1, round(side / patch)) * patch for side in (shorter, shorter * ratio))
+            sizes += [(short, long)] if ratio == 1 else [(short, long), (long, short)]
+        return tuple(dict.fromkeys(sizes))
 
     def _first_factor(self, height: int, width: int) -> float:
         """Elements of the finished field per element of level 0, in each direction: 1 for a single level.

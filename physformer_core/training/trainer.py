@@ -223,9 +223,7 @@ class Trainer:
 
     def _check_level_zero(self) -> None:
         """Refuses whole pictures of sizes that sampling, with this configuration, would not begin with."""
-        pyramid = self.config.flow.pyramid(
-            self.config.model.get("patch_size", 1), self.config.model.get("base_patch_size", 0)
-        )
+        pyramid = self.config.pyramid()
         sizes = [group.size for group in self.shards.groups("base", "train")]
         if (wrong := _unlike_level_zero(pyramid, sizes)) is None:
             return
@@ -236,7 +234,7 @@ class Trainer:
             for name, value in (("base_widening", 0), ("base_widening", 1), ("base_area", area))
             if _unlike_level_zero(dataclasses.replace(pyramid, **{name: value}), sizes) is None
         ]
-        hint = "preprocess with other --buckets"
+        hint = "preprocess with this run's --preset, or other --buckets"
         if self.config.training.lora_rank:
             hint += ": how pictures begin is the adapted checkpoint's"
         elif fitting:

@@ -120,6 +120,18 @@ def test_preprocess_refuses(physformer, scene_raw, options, message):
     assert code == 1 and f"error: {message}" in err
 
 
+@pytest.mark.parametrize(
+    ("preset", "side"), [((), 32), (("--preset", "mine.toml"), 40), (("--buckets", "16x16"), 16)]
+)
+def test_whole_pictures_are_those_of_what_is_to_be_trained(physformer, scene_raw, tmp_path, preset, side):
+    (tmp_path / "mine.toml").write_text("[flow]\nbase_area = 1600\nbase_widening = 1.0\n")
+    command = ("data", "preprocess", scene_raw, "-o", "set", "--workers", 1, "--crops-per-example", 0)
+    code, _, err = physformer(*command, *preset)
+    assert code == 0, err
+    buckets = json.loads((tmp_path / "set" / "manifest.json").read_text())["config"]["buckets"]
+    assert buckets[0] == [side, side] and {min(bucket) for bucket in buckets} == {side}
+
+
 def test_preprocess_without_a_raw_set(physformer, tmp_path):
     code, _, err = physformer("data", "preprocess", tmp_path, "-o", "set")
     assert code == 1 and "is not a raw data set" in err

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from physformer_core.config import load_preset, preset_names
+from physformer_core.data.preprocess_config import PreprocessConfig
 from physformer_core.errors import ConfigError
 from physformer_core.flow.pyramid import DETAIL_SCALE, LevelSize, Pyramid, picture_noise, picture_seed
 
@@ -85,6 +87,25 @@ def test_any_size_has_levels_that_grow_into_one_another(
         assert fine.growth == 2 or fine.level == min(3, len(sizes) - 1)
         # The coarser level, so many times larger, covers the finer one but for a part of a pixel.
         assert fine.growth * coarse.height > fine.height - 1 and fine.growth * coarse.width > fine.width - 1
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_pictures_to_train_on_are_begun_as_they_are(preset: str) -> None:
+    pyramid = load_preset(preset).pyramid()
+    sizes = pyramid.training_sizes()
+    assert len(sizes) == 7 and sizes[0][0] == sizes[0][1] and {size[::-1] for size in sizes} == set(sizes)
+    for height, width in sizes:
+        (only,) = pyramid.level_sizes(height, width)
+        assert (only.padded_height, only.padded_width) == (height, width)
+        assert height * width == pytest.approx(pyramid.area_of_base(height, width), rel=0.05)
+
+
+def test_sizes_to_train_on() -> None:
+    assert Pyramid(base_widening=1).training_sizes() == PreprocessConfig.buckets
+    larger = Pyramid(base_area=2304, base_widening=1, base_patch_size=6).training_sizes()
+    assert larger == ((48, 48), (48, 60), (60, 48), (48, 84), (84, 48), (48, 108), (108, 48))
+    of_one_area = Pyramid(patch_size=4).training_sizes()
+    assert of_one_area[3] == (24, 44), "1,056 elements of 7 to 4, in whole patches"
 
 
 def test_growing_leaves_everything_in_its_place() -> None:
