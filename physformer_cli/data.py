@@ -200,7 +200,7 @@ def preprocess(
     crop_size: Annotated[int, typer.Option(help="Side of a stored crop in elements of the field.")] = 96,
     preset: Annotated[
         str,
-        typer.Option("--preset", "-p", help="What is to be trained, or its TOML file: level-0 pictures have its sizes."),
+        typer.Option("--preset", "-p", help="What is to be trained, or its file: whole pictures have its sizes."),
     ] = "nano",
     buckets: Annotated[
         str | None,
