@@ -120,9 +120,7 @@ def test_preprocess_refuses(physformer, scene_raw, options, message):
     assert code == 1 and f"error: {message}" in err
 
 
-@pytest.mark.parametrize(
-    ("preset", "side"), [((), 32), (("--preset", "mine.toml"), 40), (("--buckets", "16x16"), 16)]
-)
+@pytest.mark.parametrize(("preset", "side"), [((), 32), (("--preset", "mine.toml"), 40), (("--buckets", "16x16"), 16)])
 def test_whole_pictures_are_those_of_what_is_to_be_trained(physformer, scene_raw, tmp_path, preset, side):
     (tmp_path / "mine.toml").write_text("[flow]\nbase_area = 1600\nbase_widening = 1.0\n")
     command = ("data", "preprocess", scene_raw, "-o", "set", "--workers", 1, "--crops-per-example", 0)
