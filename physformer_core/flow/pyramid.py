@@ -97,7 +97,7 @@ class Pyramid:
                 hint="0: level 0 of every shape has the same area; 1: the same shorter side",
             )
 
-    def area_of_base(self, height: int, width: int) -> float:
+    def area_of_base(self, height: float, width: float) -> float:
         """Area in elements that level 0 of a field of this shape should have."""
         return self.base_area * (max(height, width) / min(height, width)) ** self.base_widening
 
