@@ -2,7 +2,7 @@
 
 Level 0 flows from noise. Level l > 0 flows from the upsampled level l - 1 plus a little noise to the sharp field: a
 short path, on which a few steps are enough. Sizes run backwards from the target, so any width and height will do: by
-halves where those end near the area that level 0 was trained on. Elsewhere one level grows by less, and all others by
+halves where those end at the area that level 0 was trained on. Elsewhere one level grows by less, and all others by
 two from such an area.
 """
 
@@ -24,9 +24,10 @@ BASE_AREA = 32 * 32
 DETAIL_SCALE = 0.12
 """Root mean square of what blurring takes from crops of scenes, in field units."""
 
-_NEAR = 1.3
-"""How many times larger or smaller than the base area level 0 may be, padding included, if halving leads there, and how
-many times larger padding may make it. Beyond that one level grows by less."""
+_NEAR = 1.02
+"""How many times larger or smaller level 0's sides may be than the base area asks, to be reached by halving or to be
+whole patches. A network knows things in the sizes that it was trained on: of pairs that were drawn a sixteenth smaller
+half as many were found (docs/training-log.md)."""
 
 _LONGER = (1.25, 1.75, 2.25)
 """Longer over shorter side of the wide and tall pictures that level 0 is trained on, beside square ones."""
@@ -131,31 +132,21 @@ class Pyramid:
     def _first_factor(self, height: int, width: int) -> float:
         """Elements of the finished field per element of level 0, in each direction: 1 for a single level.
 
-        A power of two where that leads near the base area with little padding. Else what comes nearest to the area and
-        wastes least: level 0 of an area that was not trained on draws other, weaker pictures than of one that was.
+        A power of two where that leads to the base area, within `_NEAR`. Else what wastes least on padding, as near.
         """
-        base_area, patch = self.area_of_base(height, width), self._base_patch
-
-        def padded_area(factor: float) -> int:
-            return _whole(height / factor, patch) * _whole(width / factor, patch)
-
-        def waste(factor: float) -> float:
-            return padded_area(factor) / (height * width / factor**2)
-
-        halvings = max(0, round(math.log2(height * width / base_area) / 2))
-        nearness = padded_area(2.0**halvings) / base_area
-        if halvings == 0 or (1 / _NEAR <= nearness <= _NEAR and waste(2.0**halvings) <= _NEAR):
-            return 2.0**halvings
-        ideal = math.sqrt(height * width / base_area)
-        candidates = [ideal]
-        for side in (height, width):  # whole patches along one side, and nearly the area
+        ideal = math.sqrt(height * width / self.area_of_base(height, width))
+        halvings = 2.0 ** max(0, round(math.log2(ideal)))
+        if halvings == 1 or 1 / _NEAR <= ideal / halvings <= _NEAR:
+            return halvings
+        candidates, patch = [ideal], self._base_patch
+        for side in (height, width):  # whole patches along one side
             fewest, most = (side / (patch * ideal * times) for times in (_NEAR, 1 / _NEAR))
             candidates += [side / (patch * count) for count in range(math.ceil(fewest), math.floor(most) + 1) if count]
-        near = [f for f in candidates if 1 / _NEAR <= padded_area(f) / base_area <= _NEAR]
-        return min(
-            near or candidates,
-            key=lambda f: abs(math.log(padded_area(f) / base_area)) + 2 * math.log(waste(f)),
-        )
+
+        def waste(factor: float) -> float:
+            return _whole(height / factor, patch) * _whole(width / factor, patch) / (height * width / factor**2)
+
+        return min(candidates, key=waste)
 
     @staticmethod
     def blur(sharp: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def test_sizes_of_known_resolutions() -> None:
     def padded(height: int, width: int) -> list[tuple[int, int]]:
         return [(s.padded_height, s.padded_width) for s in Pyramid().level_sizes(height, width)]
 
-    assert padded(720, 1280) == [(24, 40), (48, 80), (96, 160), (184, 320), (360, 640), (720, 1280)]
+    assert padded(720, 1280) == [(24, 48), (48, 88), (96, 176), (184, 320), (360, 640), (720, 1280)]
     assert padded(32, 32) == [(32, 32)]
     assert padded(256, 256) == [(32, 32), (64, 64), (128, 128), (256, 256)]
     assert padded(1, 1) == [(8, 8)] and padded(7, 200) == [(8, 200)]
@@ -32,7 +32,7 @@ def test_sizes_of_known_resolutions() -> None:
     ("height", "width"), [(480, 854), (1080, 1920), (2160, 3840), (400, 400), (768, 512), (768, 1024)]
 )
 def test_where_halving_leads_astray_one_level_grows_by_less(height: int, width: int) -> None:
-    first, *others = Pyramid().level_sizes(height, width)
+    first, *others = Pyramid(base_patch_size=4).level_sizes(height, width)
     assert 960 <= first.padded_height * first.padded_width <= 1280
     assert first.padded_width / first.padded_height == pytest.approx(width / height, rel=0.12)
     # The third one: what is shown is decided by then, and it is small.
@@ -98,6 +98,16 @@ def test_pictures_to_train_on_are_begun_as_they_are(preset: str) -> None:
         (only,) = pyramid.level_sizes(height, width)
         assert (only.padded_height, only.padded_width) == (height, width)
         assert height * width == pytest.approx(pyramid.area_of_base(height, width), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(256, 256), (480, 270), (640, 480), (640, 360), (854, 480), (1280, 720), (1080, 1920), (3840, 2160), (900, 300)],
+)
+def test_the_shipped_model_begins_with_things_as_large_as_it_knows_them(width: int, height: int) -> None:
+    """A sixteenth smaller, or a twentieth larger, half as many of them were found (docs/training-log.md)."""
+    first, *_ = load_preset("nano").pyramid().level_sizes(height, width)
+    assert min(height, width) / first.factor == pytest.approx(32, rel=0.02)
 
 
 def test_sizes_to_train_on() -> None:
