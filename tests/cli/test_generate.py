@@ -136,7 +136,7 @@ def test_preview(generate):
     ending = generate("a cat", "-n", "2", "--preview", "-o", "cat.png", "--res", "260x140", size=("--steps", "1"))
     assert ending.code == 0 and [str(file) for file in ending.files] == ["cat.png", "cat_1.png"]
     assert {"cat_level0.png", "cat_1_level0.png"} < set(everything())
-    assert Image.open("cat_level0.png").size == (56, 31) and Image.open("cat_1_level2.png").size == (224, 121)
+    assert Image.open("cat_level0.png").size == (60, 32) and Image.open("cat_1_level2.png").size == (238, 128)
     assert len(last_run().outputs) == 8  # no preview of the last level, which is the picture
     assert read_metadata("cat_level0.png").extra["preview_of_level"] == 0
     plain = generate("a cat", "-n", "2", "-o", "plain.png", "--res", "260x140", size=("--steps", "1"))

@@ -80,7 +80,7 @@ def draw(pipeline: PhysFormerPipeline, prompt: str | list[str] = "a bird in a ca
 
 def test_the_same_call_draws_the_same_bytes(pipeline: PhysFormerPipeline) -> None:
     first, again = draw(pipeline), draw(pipeline)
-    assert first.shape == (1, 44, 68, 3) and first.std() > 0.1
+    assert first.shape == (1, 44, 68, 3) and first.std() > 0.05
     assert np.array_equal(first, again)
     assert not np.array_equal(first, draw(pipeline, seeds=8))
     assert not np.array_equal(first, draw(pipeline, indices=[1]))
@@ -174,7 +174,7 @@ def test_predictions_of_the_first_levels_may_be_averaged(pipeline: PhysFormerPip
     def levels(shifted: int, **more: Any) -> list[torch.Tensor]:
         pipeline.flow = dataclasses.replace(pipeline.flow, shifted_levels=shifted)
         found: list[torch.Tensor] = []
-        draw(pipeline, height=100, width=150, callback_on_level_end=lambda event: found.append(event.field), **more)
+        draw(pipeline, height=120, width=180, callback_on_level_end=lambda event: found.append(event.field), **more)
         return found
 
     plain, first, both = (levels(count) for count in (0, 1, 2))
@@ -245,10 +245,10 @@ def test_callbacks_see_every_step_and_level(pipeline: PhysFormerPipeline) -> Non
         (0, 1, 3, 2), (0, 2, 3, 2), (0, 3, 3, 2), (1, 1, 2, 2), (1, 2, 2, 2),
     ]  # fmt: skip
     assert [(e.level, e.step, e.steps) for e in levels] == [(0, 3, 3), (1, 2, 2)]
-    assert levels[0].field.shape == (2, 3, 24, 40) and levels[1].field.shape == (2, 3, 48, 72)
+    assert levels[0].field.shape == (2, 3, 32, 40) and levels[1].field.shape == (2, 3, 48, 72)
     assert torch.equal(steps[-1].field, levels[-1].field)
     preview = pipeline.postprocess(levels[0].field, levels[0].size.height, levels[0].size.width)
-    assert preview[0].size == (34, 22)
+    assert preview[0].size == (40, 26)
 
 
 def test_levels_that_are_given_are_not_drawn(pipeline: PhysFormerPipeline) -> None:
@@ -373,7 +373,7 @@ def test_golden_values(pipeline: PhysFormerPipeline) -> None:
 
 
 GOLDEN = [
-    -0.16857, -0.15917, -0.13313, 0.17845, 0.11087, 0.04736,
-    0.26043, 0.54016, 0.31508, 0.16076, 0.05374, -0.20041,
+    -0.18672, -0.10641, 0.12058, 0.36345, 0.15651, 0.07276,
+    0.14194, 0.17342, 0.33752, 0.22998, -0.06826, -0.33968,
 ]  # fmt: skip
-GOLDEN_RMS = 0.39107
+GOLDEN_RMS = 0.18587
