@@ -326,12 +326,9 @@ class PhysFormerPipeline(DiffusionPipeline):
                 prediction = path.sample_of_velocity(prediction, z, t)
             return guidance.sharpen(prediction, coarse)
 
-        def velocity(z: Tensor, time: float) -> Tensor:
-            if path.prediction == "velocity" and (coarse is None or guidance.detail == 1):
-                return guided(z, time)
-            moment = max(time, LAST_MOMENT) if path.prediction == "velocity" else time
-            t = torch.full((batch,), moment, device=device)
-            return path.velocity_of_sample(sample(z, time), z, t)
+        # A velocity of the straight path is what is wanted; turned into a sample and back it would only lose digits.
+        as_it_is = path.prediction == "velocity" and path.name == "linear" and (coarse is None or guidance.detail == 1)
+        velocity = guided if as_it_is else path.straight_velocity(sample)
 
         def report(index: int, time: float, z: Tensor) -> None:
             if on_step is not None:

@@ -9,6 +9,7 @@ https://arxiv.org/abs/2511.13720), which weights the end of the path where detai
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,50 @@ class FlowPath:
         a, b, slope_a, slope_b = self.coefficients(t.clamp(max=1 - LAST_MOMENT))
         gain = (slope_a - slope_b * a / b)[:, None, None, None]
         return gain * sample + (slope_b / b)[:, None, None, None] * z
+
+    def at_straight_time(self, time: float) -> tuple[float, float]:
+        """Where this path is when the straight one is at ``time``, in [0, 1].
+
+        All these paths are one up to time and scale: z_t = s (u x1 + (1 - u) x0) with s = a(t) + b(t), u = a(t) / s.
+
+        Returns:
+            This path's time t, and its scale s there.
+        """
+        to_data, to_start = time, 1 - time
+        if self.name == "linear":
+            return time, 1.0
+        if self.name == "cosine":
+            angle = math.atan2(to_data, to_start)
+            return angle / (math.pi / 2), math.sin(angle) + math.cos(angle)
+        if self.name == "quadratic":
+            t = math.sqrt(to_data) / (math.sqrt(to_data) + math.sqrt(to_start))
+            return t, t**2 + (1 - t) ** 2
+        length = math.hypot(to_data, to_start)
+        rest = 1 - math.exp(-VP_SHARPNESS / 2)
+        t = math.sqrt(-2 / VP_SHARPNESS * math.log1p(-(1 - to_start / length) * rest))
+        return t, (to_data + to_start) / length
+
+    def straight_velocity(self, sample: Callable[[Tensor, float], Tensor]) -> Callable[[Tensor, float], Tensor]:
+        """The velocity along the straight path of a network that knows this path's fields and times.
+
+        Along the straight path a step to the end lands on the sample, however long it is. Along others it does not:
+        their velocity at the start is that of where they begin to bend. (DDIM, Song et al. 2021,
+        https://arxiv.org/abs/2010.02502, is Euler's method on the straight path.)
+
+        Args:
+            sample: From a field on this path and its time to the predicted sample.
+
+        Returns:
+            From a field on the straight path [B, C, H, W] and its time to dz/dt there.
+        """
+        straight = FlowPath()
+
+        def velocity(z: Tensor, time: float) -> Tensor:
+            t, scale = self.at_straight_time(time)
+            time_b = torch.full((z.shape[0],), time, device=z.device)
+            return straight.velocity_of_sample(sample(scale * z, t), z, time_b)
+
+        return velocity
 
     def sample_weight(self, t: Tensor) -> Tensor:
         """Factor [B] by which an error of the sample shows in the velocity: the square root of the v-loss weight.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -353,8 +354,9 @@ def test_what_cannot_be_drawn_is_refused(pipeline: PhysFormerPipeline) -> None:
     for wrong in ({"num_inference_steps": 0}, {"solver": "rk4"}, {"guidance": -1.0}, {"output_type": "jpeg"}):
         with pytest.raises(ConfigError):
             draw(pipeline, **wrong)
-    with pytest.raises(ConfigError):
-        PhysFormerPipeline(pipeline.transformer, flow={"path": "zigzag"})
+    for flow in ({"path": "zigzag"}, {"path": "quadratic", "prediction": "velocity"}, {"start_noise": math.nan}):
+        with pytest.raises(ConfigError):
+            PhysFormerPipeline(pipeline.transformer, flow=flow)
 
 
 def test_golden_values(pipeline: PhysFormerPipeline) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from physformer_core.errors import ConfigError
 from physformer_core.flow.path import PATHS, FlowPath, TimeDensity
+from physformer_core.flow.solver import SOLVERS, SolverSettings, integrate
 
 INNER = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
 
@@ -88,6 +89,31 @@ def test_sample_and_velocity_are_inverse(path: FlowPath) -> None:
     assert torch.allclose(
         path.sample_of_velocity(path.velocity_of_sample(guess, z, INNER), z, INNER), guess, rtol=1e-6, atol=1e-6
     )
+
+
+def test_every_path_is_the_straight_one_at_other_times_and_scales(path: FlowPath) -> None:
+    for time in (0.0, 1e-6, 0.01, 0.2, 0.5, 0.77, 0.999, 1.0):
+        t, scale = path.at_straight_time(time)
+        a, b, _, _ = (c.item() for c in path.coefficients(torch.tensor([t], dtype=torch.float64)))
+        assert a == pytest.approx(scale * time, abs=2e-6) and b == pytest.approx(scale * (1 - time), abs=2e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_what_knows_the_picture_lands_on_it(path: FlowPath, solver: str, steps: int) -> None:
+    """However few the steps: along bent paths the first went to twice the picture, or to its negative."""
+    x0, x1 = fields(3)
+    asked: list[float] = []
+
+    def sample(z: Tensor, time: float) -> Tensor:
+        asked.append(time)
+        t = torch.full((3,), time, dtype=torch.float64)
+        torch.testing.assert_close(z, path.interpolate(x0, x1, t), rtol=1e-4, atol=1e-4)
+        return x1
+
+    arrived = integrate(path.straight_velocity(sample), x0, SolverSettings(name=solver, steps=steps))
+    torch.testing.assert_close(arrived, x1, rtol=1e-4, atol=1e-4)
+    assert asked[0] == 0 and max(asked) < 1
 
 
 def test_sample_weight_is_what_an_error_does_to_the_velocity(path: FlowPath) -> None:
