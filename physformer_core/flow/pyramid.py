@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,8 +89,10 @@ class Pyramid:
     base_patch_size: int = 0
 
     def __post_init__(self) -> None:
-        if self.start_noise <= 0 or self.coarse_noise < 0:
+        if not (0 < self.start_noise < math.inf and 0 <= self.coarse_noise < math.inf):
             raise ConfigError("start_noise must be above 0 and coarse_noise at least 0")
+        if self.patch_size < 1 or self.base_patch_size < 0:
+            raise ConfigError("patch_size must be at least 1, and base_patch_size at least 0")
         if self.base_area < 1:
             raise ConfigError(f"base_area must be at least 1, not {self.base_area}", hint="1024 is 32x32 elements")
         if not 0 <= self.base_widening <= 1:
@@ -122,12 +125,45 @@ class Pyramid:
 
     def training_sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) of whole pictures to train level 0 on: a square, and three wide and tall shapes."""
-        patch, sizes = self._base_patch, []
+        unit, sizes = self._training_unit, []
         for ratio in (1.0, *_LONGER):
             shorter = math.sqrt(self.area_of_base(1, ratio) / ratio)
-            short, long = (max(1, round(side / patch)) * patch for side in (shorter, shorter * ratio))
+            short, long = (max(1, round(side / unit)) * unit for side in (shorter, shorter * ratio))
             sizes += [(short, long)] if ratio == 1 else [(short, long), (long, short)]
         return tuple(dict.fromkeys(sizes))
+
+    @property
+    def _training_unit(self) -> int:
+        """Sides of pictures to train level 0 on are multiples of it: whole patches, and even, as sets store them."""
+        return math.lcm(self._base_patch, 2)
+
+    def why_not_begun(self, sizes: Sequence[tuple[int, int]]) -> str | None:
+        """What is wrong with the first of these whole pictures that is not what a picture of its shape begins with.
+
+        A network draws what it was trained on, so they must be rounded to whole patches from a size within 2 % of what
+        `area_of_base` asks for.
+
+        Args:
+            sizes: (height, width) in elements of the field.
+        """
+        patch, rounding = self._base_patch, self._training_unit / 2
+
+        def larger(height: float, width: float) -> float:
+            return math.sqrt(height * width / self.area_of_base(height, width))  # grows with either side
+
+        for height, width in sizes:
+            named = f"this set's whole pictures have {width}x{height} elements"
+            if height % patch or width % patch:
+                return f"{named}, which are not whole patches of {patch}"
+            most = larger(height + rounding, width + rounding)
+            least = larger(max(1, height - rounding), max(1, width - rounding))
+            if most < 1 / _NEAR or least > _NEAR:
+                begun = larger(height, width)
+                return (
+                    f"{named}, where pictures of that shape begin with {width / begun:.0f}x{height / begun:.0f}: "
+                    "a size that would not be trained"
+                )
+        return None
 
     def _first_factor(self, height: int, width: int) -> float:
         """Elements of the finished field per element of level 0, in each direction: 1 for a single level.

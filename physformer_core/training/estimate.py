@@ -16,6 +16,7 @@ from physformer_core.errors import ConfigError
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.training.adapter import put_adapter, trainable_parameters
 from physformer_core.training.initial import model_arguments
+from physformer_core.training.level_zero import check_level_zero
 from physformer_core.training.optimizer import split_parameters
 from physformer_core.training.watching import batch_flops, newton_schulz_flops
 
@@ -59,6 +60,7 @@ def estimate_run(config: RunConfig, shards: ShardSet) -> RunEstimate:
         ConfigError, DataError: As the run itself would.
     """
     train = config.training
+    check_level_zero(config, shards)
     with torch.device("meta"):
         model = PhysFormerTransformer2DModel(**model_arguments(config, shards))
         if train.lora_rank:

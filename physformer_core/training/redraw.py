@@ -77,7 +77,8 @@ def redraw(
         "files", with "fresh" added: False if all was there already.
 
     Raises:
-        DataError: The set is of another codec or text encoder, or is damaged, or `output` holds something else.
+        DataError: The set is of another codec, text encoder or size of level 0, or is damaged, or `output` holds
+            something else.
         OutputError: The folder cannot be written.
     """
     shards = ShardSet(folder, redrawn=False)
@@ -156,6 +157,8 @@ def _refuse_others(shards: ShardSet, pipeline: PhysFormerPipeline) -> None:
                 f"the set's {what} is {of_set}, the checkpoint's is {of_checkpoint}",
                 hint="a set is redrawn by a checkpoint of its own kind",
             )
+    if wrong := pipeline.pyramid.why_not_begun(shards.sizes("base", "train")):
+        raise DataError(wrong, hint="a set is redrawn by a checkpoint that draws level 0 in its size")
 
 
 def _redrawn_file(

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +20,6 @@ from physformer_core.config import FlowConfig, RunConfig
 from physformer_core.data.loader import Batch, BatchStream, ShardSet, made_ahead
 from physformer_core.data.resident import why_not_resident
 from physformer_core.errors import CheckpointError, ConfigError, DeviceError, PhysFormerError
-from physformer_core.flow.pyramid import Pyramid
 from physformer_core.hardware import keep_freed_memory, resolve_dtype, why_no_compiler
 from physformer_core.model.attention import why_no_native
 from physformer_core.model.fused import ops as fused
@@ -42,6 +41,7 @@ from physformer_core.training.distributed import Ranks, copy_from_first, resolve
 from physformer_core.training.ema import WeightAverage
 from physformer_core.training.gradients import Gradients
 from physformer_core.training.initial import first_network
+from physformer_core.training.level_zero import check_level_zero
 from physformer_core.training.objective import Draws, FlowObjective
 from physformer_core.training.optimizer import Optimizer, muon_dtype, schedule
 from physformer_core.training.recorded import RecordedPasses, resolve_recording, why_not_recorded
@@ -52,27 +52,9 @@ from physformer_core.training.watching import WorkMeter
 
 _NAMED_EXAMPLES = 8
 
-_MOST_BEGUN = 1.5
-"""How many times larger than a set's whole pictures level 0 may be when a picture of their shape is drawn."""
-
 _DRAWING_THREADS = 8
 """Threads that draw noise ahead for a GPU. It is drawn on the CPU, so that it is the same everywhere, and one thread
 draws the 14 million numbers of a thousand crops in some 100 ms: three times as long as such a step takes."""
-
-
-def _unlike_level_zero(pyramid: Pyramid, sizes: Sequence[tuple[int, int]]) -> str | None:
-    """What is wrong with the first of these (height, width) that is not what a picture of its shape begins with."""
-    for height, width in sizes:
-        first, *finer = pyramid.level_sizes(height, width)
-        begun = pyramid.area_of_base(height, width)
-        named = f"this set's whole pictures have {width}x{height} elements"
-        if finer:
-            return f"{named}, of which base_area {pyramid.base_area} would make level {len(finer)}"
-        if (first.padded_height, first.padded_width) != (height, width):
-            return f"{named}, which are not whole patches of {pyramid.base_patch_size or pyramid.patch_size}"
-        if begun > _MOST_BEGUN * height * width:
-            return f"{named}, where pictures of that shape begin with {begun:.0f}: a size that would not be trained"
-    return None
 
 
 class TrainingDiverged(PhysFormerError):
@@ -139,7 +121,7 @@ class Trainer:
             self.shards = ShardSet(data_dir)
             self.resident = why_not_resident(self.shards, self.device) is None
             self._threads = _DRAWING_THREADS if self.device.type == "cuda" else 1
-            self._check_level_zero()
+            check_level_zero(config, self.shards)
             torch.manual_seed(train.seed)
             self.model, self.adapter = first_network(
                 config, self.shards, init_from if self.ranks.is_main or train.lora_rank else None
@@ -220,26 +202,6 @@ class Trainer:
             )
         if train.lora_rank and self.parallel == "fsdp":
             raise ConfigError("an adapter is too small to be divided over processes", hint="--parallel ddp")
-
-    def _check_level_zero(self) -> None:
-        """Refuses whole pictures of sizes that sampling, with this configuration, would not begin with."""
-        pyramid = self.config.pyramid()
-        sizes = [group.size for group in self.shards.groups("base", "train")]
-        if (wrong := _unlike_level_zero(pyramid, sizes)) is None:
-            return
-        # What would fit them all: the same size for other shapes, or else another size.
-        area = max(round(h * w * pyramid.base_area / pyramid.area_of_base(h, w)) for h, w in sizes)
-        fitting = [
-            f"{name} = {value}"
-            for name, value in (("base_widening", 0), ("base_widening", 1), ("base_area", area))
-            if _unlike_level_zero(dataclasses.replace(pyramid, **{name: value}), sizes) is None
-        ]
-        hint = "preprocess with this run's --preset, or other --buckets"
-        if self.config.training.lora_rank:
-            hint += ": how pictures begin is the adapted checkpoint's"
-        elif fitting:
-            hint = f"give `{fitting[0]}` under [flow], or {hint}"
-        raise ConfigError(wrong, hint=hint)
 
     def _check_same_data(self) -> None:
         """Refuses to train on different sets at once, as several machines with disks of their own might."""

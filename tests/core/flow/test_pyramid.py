@@ -110,6 +110,31 @@ def test_the_shipped_model_begins_with_things_as_large_as_it_knows_them(width: i
     assert min(height, width) / first.factor == pytest.approx(32, rel=0.02)
 
 
+@pytest.mark.parametrize("patch", [1, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("area", [400, 1024, 2304])
+def test_sizes_to_train_on_are_what_pictures_begin_with(patch: int, area: int) -> None:
+    for widening in (0.0, 0.5, 1.0):
+        pyramid = Pyramid(base_area=area, base_widening=widening, patch_size=8, base_patch_size=patch)
+        sizes = pyramid.training_sizes()
+        assert pyramid.why_not_begun(sizes) is None
+        assert all(side % patch == 0 and side % 2 == 0 for size in sizes for side in size)
+
+
+@pytest.mark.parametrize(
+    ("size", "why"),
+    [
+        ((40, 40), "begin with 32x32"),
+        ((36, 36), "begin with 32x32"),
+        ((28, 28), "begin with 32x32"),
+        ((24, 40), "have 40x24 elements, where pictures of that shape begin with 53x32"),
+        ((32, 34), "not whole patches of 4"),
+    ],
+)
+def test_sizes_that_no_picture_begins_with(size: tuple[int, int], why: str) -> None:
+    pyramid = load_preset("nano").pyramid()
+    assert why in str(pyramid.why_not_begun([(32, 32), (32, 56), size]))
+
+
 def test_sizes_to_train_on() -> None:
     assert Pyramid(base_widening=1).training_sizes() == PreprocessConfig.buckets
     larger = Pyramid(base_area=2304, base_widening=1, base_patch_size=6).training_sizes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,13 @@ def redrawn(plain: Path, pipeline: PhysFormerPipeline, tmp_path: Path) -> Path:
     folder = shutil.copytree(plain, tmp_path / "redrawn")
     redraw(folder, pipeline, checkpoint_sha256="one", seed=5)
     return folder
+
+
+def test_another_size_of_level_0_is_refused(scene_raw: Path, pipeline: PhysFormerPipeline, tmp_path: Path) -> None:
+    preprocess(scene_raw, tmp_path / "set", config=replace(CONFIG, buckets=((48, 48), (48, 56))))
+    with pytest.raises(DataError, match="pictures of that shape begin with 32x32"):
+        redraw(tmp_path / "set", pipeline, checkpoint_sha256="one", seed=5)
+    assert not list((tmp_path / "set").glob("coarse-*"))
 
 
 def contents(folder: Path) -> dict[str, str]:

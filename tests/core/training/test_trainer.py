@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from physformer_core.config import load_preset
-from physformer_core.data.loader import BatchStream
+from physformer_core.data.loader import BatchStream, ShardSet
 from physformer_core.data.preprocess import PreprocessConfig, preprocess
 from physformer_core.errors import CheckpointError, ConfigError, OutputError
 from physformer_core.training import checkpoint
 from physformer_core.training.checkpoint import list_checkpoints, load_training_state
+from physformer_core.training.estimate import estimate_run
 from physformer_core.training.trainer import Trainer, TrainingDiverged
 from physformer_core.training.update import MAX_BAD_STEPS
 
@@ -355,10 +356,10 @@ def test_a_step_whose_loss_alone_is_not_finite_is_skipped_too(scene_set, tmp_pat
 @pytest.mark.parametrize(
     ("flow", "said", "hint"),
     [
-        ({"base_area": 400}, "would make level 1", r"base_area = (\d+)"),
-        ({"base_area": 100}, "would make level 2", r"base_area = (\d+)"),
-        ({"base_area": 2048}, "begin with 2048: a size that would not be trained", r"base_area = (\d+)"),
-        ({"base_widening": 0.0}, "base_area 1024 would make level 1", r"base_widening = (1)"),
+        ({"base_area": 400}, "begin with 20x20", r"base_area = (\d+)"),
+        ({"base_area": 100}, "begin with 10x10", r"base_area = (\d+)"),
+        ({"base_area": 2048}, "begin with 45x45: a size that would not be trained", r"base_area = (\d+)"),
+        ({"base_widening": 0.0}, r"begin with \d+x\d+", r"base_widening = (1)"),
     ],
 )
 def test_whole_pictures_that_are_no_level_0_are_refused(scene_set, tmp_path, flow, said, hint):
@@ -367,6 +368,8 @@ def test_whole_pictures_that_are_no_level_0_are_refused(scene_set, tmp_path, flo
         config = config.override("flow", **{name: value})
     with pytest.raises(ConfigError, match=rf"whole pictures have \d+x\d+ elements, .*{said}") as caught:
         Trainer(config, scene_set, tmp_path, device="cpu")
+    with pytest.raises(ConfigError, match=said):
+        estimate_run(config, ShardSet(scene_set))
     named = re.search(rf"`{hint}` under", caught.value.hint)
     assert named, caught.value.hint
     Trainer(config.override("flow", **{hint.split()[0]: int(named[1])}), scene_set, tmp_path, device="cpu")
@@ -376,7 +379,7 @@ def test_a_set_of_pictures_of_one_area_asks_for_no_widening(scene_raw, tmp_path)
     same_area = PreprocessConfig(buckets=((32, 32), (24, 40), (40, 24)), crops_per_example=0)
     preprocess(scene_raw, tmp_path / "set", config=same_area)
     config = load_preset("debug").override("training", crop_fraction=0.0)
-    with pytest.raises(ConfigError, match="begin with 1707: a size that would not be trained") as caught:
+    with pytest.raises(ConfigError, match="begin with 53x32: a size that would not be trained") as caught:
         Trainer(config, tmp_path / "set", tmp_path, device="cpu")
     assert caught.value.hint.startswith("give `base_widening = 0` under [flow]")
     with pytest.raises(ConfigError) as caught:
