@@ -120,6 +120,7 @@ class Planner:
         self.base_patch = int(network.get("base_patch_size", 0)) or self.patch
         self.channels = int(network.get("in_channels", 3))
         self.hidden_size = int(network.get("hidden_size", 256))
+        self.base_hidden_size = int(network.get("base_hidden_size", 0)) or self.hidden_size
         self.factor = load_codec(checkpoint.codec_name).factor
         self.flow = FlowConfig(**checkpoint.pipeline["flow"])
         self.pyramid: Pyramid = self.flow.pyramid(self.patch, self.base_patch)
@@ -140,7 +141,9 @@ class Planner:
         for size, steps in zip(sizes, steps_per_level(request.steps, len(sizes)), strict=True):
             times = SolverSettings(name=request.solver, steps=steps).times()
             each = SHIFTED_EVALUATIONS if self.flow.is_shifted(size.level) and self.patch > 1 else 1
-            costs = [each * (1 + (guidance.at(time, size.level) != 1)) for time in times]
+            path = self.flow.flow_path()
+            moments = (path.at_straight_time(time)[0] for time in times)
+            costs = [each * (1 + (guidance.at(moment, size.level) != 1)) for moment in moments]
             if request.solver == "heun":  # two evaluations a step, one at the last
                 evaluations = [a + b for a, b in itertools.pairwise(costs[:-1])] + [costs[-2]]
             elif request.solver == "adaptive":
@@ -149,18 +152,22 @@ class Planner:
                 evaluations = costs[:-1]
             if size.level == 0 and self.flow.settling:
                 evaluations[-1] += self.flow.settling * (1 + (guidance.at(SETTLING_TIME) != 1))
-            patch = self.patch if size.level else self.base_patch
-            result.append(LevelWork(size, size.padded_height * size.padded_width // patch**2, tuple(evaluations)))
+            result.append(LevelWork(size, self._tokens(size), tuple(evaluations)))
         return result
+
+    def _tokens(self, size: LevelSize) -> int:
+        return size.padded_height * size.padded_width // (self.patch if size.level else self.base_patch) ** 2
 
     def picture_bytes(self, width: int, height: int) -> int:
         """Memory that one picture takes in a batch, without what the batch shares; see the formula above."""
-        return self.picture_tokens(width, height) * (32 * self.channels * self.patch**2 + 48 * self.hidden_size)
+        first, *finer = self.sizes(width, height)
+        largest = self._tokens(first) * (32 * self.channels * self.base_patch**2 + 48 * self.base_hidden_size)
+        token = 32 * self.channels * self.patch**2 + 48 * self.hidden_size
+        return max([largest, *(self._tokens(size) * token for size in finer)])
 
     def picture_tokens(self, width: int, height: int) -> int:
-        """Tokens of a picture's finest level."""
-        finest = self.sizes(width, height)[-1]
-        return finest.padded_height * finest.padded_width // self.patch**2
+        """Tokens of a picture's largest level: the finest, if level 0 has not smaller patches."""
+        return max(self._tokens(size) for size in self.sizes(width, height))
 
     def batch_limit(self, request: PictureRequest, device: torch.device, wanted: int | None = None) -> int:
         """How many pictures like this one are drawn together.

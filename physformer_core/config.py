@@ -76,6 +76,11 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         self.flow_path()
+        if self.path == "quadratic" and self.prediction == "velocity":
+            raise ConfigError(
+                "the velocity of path 'quadratic' says nothing of the picture where it starts",
+                hint="prediction = 'sample', or another path",
+            )
         self.pyramid(8)
         self.densities()
         for name in ("shifted_levels", "settling"):
