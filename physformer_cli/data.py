@@ -199,9 +199,14 @@ def preprocess(
     ] = None,
     crop_size: Annotated[int, typer.Option(help="Side of a stored crop in elements of the field.")] = 96,
     preset: Annotated[
-        str,
-        typer.Option("--preset", "-p", help="What is to be trained, or its file: whole pictures have its sizes."),
-    ] = "nano",
+        str | None,
+        typer.Option(
+            "--preset",
+            "-p",
+            help="What is to be trained, or its file: whole pictures have its sizes.",
+            show_default="nano",
+        ),
+    ] = None,
     buckets: Annotated[
         str | None,
         typer.Option(
@@ -244,9 +249,12 @@ def preprocess(
     from physformer_core.config import load_preset
     from physformer_core.data.preprocess import PreprocessConfig
     from physformer_core.data.preprocess import preprocess as run_preprocessing
+    from physformer_core.errors import ConfigError
     from physformer_core.project import recorded_run
 
     chosen = tuple(_numbers("--levels", levels, int))
+    if preset is not None and buckets is not None:
+        raise ConfigError("--preset has no effect beside --buckets", hint="both say which sizes whole pictures have")
     with recorded_run("data preprocess", record=not no_record, notify=console.say) as run:
         workers = _workers(workers, run.settings)
         config = PreprocessConfig(
@@ -260,7 +268,7 @@ def preprocess(
             codec=codec,
             validation_fraction=validation_fraction,
             seed=seed,
-            buckets=load_preset(preset).pyramid().training_sizes() if buckets is None else _buckets(buckets),
+            buckets=load_preset(preset or "nano").pyramid().training_sizes() if buckets is None else _buckets(buckets),
         )
         run.seeds = [seed]
         run.config = {**vars(config), "raw": raw, "output": output, "workers": workers, "overwrite": overwrite}

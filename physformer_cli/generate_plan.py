@@ -137,14 +137,19 @@ def check_combinations(options: Options) -> None:
     for name, count in (("--num-images", options.num_images), ("--batch-size", options.batch_size)):
         if count is not None and count < 1:
             raise ConfigError(f"{name} must be at least 1, not {count}")
-    if options.batch_size not in (None, 1) and options.solver == "adaptive":
+
+
+def _check_effects(options: Options, common: PictureRequest) -> None:
+    """Refuses options that would have no effect beside what is to be drawn with, options and settings together."""
+    from physformer_core.errors import ConfigError
+    from physformer_core.flow import DEFAULT_GUIDANCE
+
+    if options.batch_size not in (None, 1) and common.solver == "adaptive":
         raise ConfigError(
             f"--batch-size {options.batch_size} has no effect with --solver adaptive",
             hint="its steps follow the picture, so pictures are drawn one by one",
         )
-    if options.guidance == 1:
-        from physformer_core.flow import DEFAULT_GUIDANCE
-
+    if common.guidance == 1:
         for name, value in (
             ("--negative-prompt", options.negative_prompt),
             ("--guidance-interval", options.guidance_interval),
@@ -321,6 +326,7 @@ def _requests(
         negative_prompt=negative or None,
     )
     common.settings()  # an unknown solver or guidance out of range is told before anything is loaded
+    _check_effects(options, common)
     pictures: list[Picture] = []
     for line in lines:
         try:
@@ -335,6 +341,10 @@ def _requests(
                 detail=float(line.detail if line.detail is not None else detail),
                 negative_prompt=(line.negative_prompt if line.negative_prompt is not None else negative) or None,
             )
+            if own.guidance == 1:
+                if line.negative_prompt:
+                    raise ConfigError("negative_prompt has no effect with a guidance of 1, which is off")
+                own = dataclasses.replace(own, negative_prompt=None)
             drawn = [
                 dataclasses.replace(own, seed=seed, index=index)
                 for seed in ([line.seed] if line.seed is not None else seeds)
@@ -426,25 +436,31 @@ def _with_settings_beside(asked: dict[str, Any], settings: dict[str, Any]) -> di
     return asked
 
 
-def _adapters_again(recorded: list[dict[str, Any]], given: list[ScaledAdapter], source: Path) -> list[ScaledAdapter]:
+def _adapters_again(recorded: Any, given: list[ScaledAdapter], source: Path) -> list[ScaledAdapter]:
     """The adapters that a picture was made with, found among the given ones by their hash; scales are the picture's.
 
     Raises:
         CheckpointError: One is not given, or one is given that had no part in it.
     """
-    from physformer_core.errors import CheckpointError
+    from physformer_core.errors import CheckpointError, DataError
     from physformer_core.lora import ScaledAdapter
 
     by_hash = {one.adapter.sha256: one.adapter for one in given}
     found = []
-    for one in recorded:
-        adapter = by_hash.get(one["sha256"])
+    try:
+        wanted = [(str(one["name"]), str(one["sha256"]), float(one["scale"])) for one in recorded]
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise DataError(
+            f"{source} has metadata that cannot be followed: its adapters are not named",
+            hint="`physformer info` shows it",
+        ) from error
+    for name, sha256, scale in wanted:
+        adapter = by_hash.get(sha256)
         if adapter is None:
             raise CheckpointError(
-                f"{source} was made with the adapter {one['name']} ({one['sha256']:.12}) at {one['scale']:g}",
-                hint="name it: --lora PATH",
+                f"{source} was made with the adapter {name} ({sha256:.12}) at {scale:g}", hint="name it: --lora PATH"
             )
-        found.append(ScaledAdapter(adapter, float(one["scale"])))
+        found.append(ScaledAdapter(adapter, scale))
     used = {one.adapter.sha256 for one in found}
     if extra := next((adapter for sha256, adapter in by_hash.items() if sha256 not in used), None):
         raise CheckpointError(

@@ -107,16 +107,17 @@ def replay_arguments(record: RunRecord, folder: Path) -> list[str]:
         folder: Where the output goes; made here. A folder of the output's name is the command's to make.
     """
     spellings = record.replay.output_option
+    left_out = (*spellings, *record.replay.dropped)
     arguments: list[str] = []
     rest: list[str] = []
     given = iter(record.argv)
     for argument in given:
         if argument == "--":
             rest = ["--", *given]
-        elif argument in spellings:
+        elif argument in left_out:
             next(given, None)
         elif any(
-            argument.startswith(f"{spelling}=" if spelling.startswith("--") else spelling) for spelling in spellings
+            argument.startswith(f"{spelling}=" if spelling.startswith("--") else spelling) for spelling in left_out
         ):
             continue
         else:

@@ -306,7 +306,7 @@ def _train(
         pass  # its machine need not have these files, and it records nothing
     elif source is not None:
         # What --resume auto finds another time would be another checkpoint.
-        run.pin("--resume", str(source.absolute()))
+        run.pin("--resume", str(source.absolute()), instead_of=() if config.training.lora_rank else ("--init-from",))
         run.checkpoint_sha256 = sha256_file(weights_file(source))
     elif trainer.adapter is not None:
         run.checkpoint_sha256 = trainer.adapter["base_sha256"]
@@ -314,6 +314,8 @@ def _train(
         run.checkpoint_sha256 = sha256_file(weights_file(init_from))
     if trainer.adapter is not None:
         run.config["adapts"] = trainer.adapter
+    if trainer.changes:
+        run.config["changes"] = trainer.changes
     _announce(trainer, data)
 
     began, first_step = time.monotonic(), trainer.step
@@ -388,6 +390,8 @@ def _announce(trainer: Trainer, data: Path) -> None:
         f"{settings.batch_size} from {shards.count('base')} pictures and {shards.count('crop')} crops"
         + ("" if trainer.ranks.alone else f", {trainer.ranks.world_size} processes ({trainer.parallel})")
     )
+    for change in trainer.changes:
+        console.say(f"not as in the checkpoint that it starts from: {change}")
     if shards.redrawn_by is not None:
         console.say(f"crops of level 1 start from level 0 as checkpoint {shards.redrawn_by[:12]} drew it (data redraw)")
     if (reason := kernels_missed(trainer.device, trainer.dtype)) is not None:

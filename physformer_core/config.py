@@ -216,6 +216,13 @@ class TrainConfig:
         for name in ("fine_huber", "coarse_blur", "lora_alpha"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if self.keep_every % self.checkpoint_every:
+            raise ConfigError(
+                f"of checkpoints every {self.checkpoint_every} steps those of every {self.keep_every} cannot be kept",
+                hint="keep_every is a multiple of checkpoint_every",
+            )
+        if self.sample_prompts and not self.sample_every:
+            raise ConfigError("sample_prompts have no effect without samples", hint="--sample-every 500, for example")
         if self.lora_alpha and not self.lora_rank:
             raise ConfigError("lora_alpha has no effect without lora_rank", hint="--lora-rank 8, for example")
         if self.freeze and self.lora_rank:
@@ -250,6 +257,11 @@ class RunConfig:
     flow: FlowConfig
     training: TrainConfig
 
+    def __post_init__(self) -> None:
+        patch, size = self.pyramid().patch_size, self.training.crop_size
+        if self.training.crop_fraction and (size < patch or size % patch):
+            raise ConfigError(f"crops of {size} elements are not whole patches of {patch}", hint="change crop_size")
+
     def to_dict(self) -> dict[str, Any]:
         """As nested plain values, for manifests."""
         return {
@@ -268,8 +280,10 @@ class RunConfig:
         unknown = set(values) - {"model", "flow", "training"}
         if unknown:
             raise ConfigError(f"{source}: unknown table [{sorted(unknown)[0]}]", hint="[model], [flow] or [training]")
+        if no_table := next((name for name, table in values.items() if not isinstance(table, Mapping)), None):
+            raise ConfigError(f"{source}: {no_table} must be a table", hint=f"[{no_table}], and below it its keys")
         model = dict(values.get("model", {}))
-        _check_keys(model, _model_defaults(), f"{source}: [model]")
+        _check_keys(model, model_defaults(), f"{source}: [model]")
         flow = dict(values.get("flow", {}))
         training = dict(values.get("training", {}))
         for key in _SWITCHES:
@@ -282,7 +296,7 @@ class RunConfig:
 
     def pyramid(self) -> Pyramid:
         """Levels of its pictures."""
-        defaults = _model_defaults()
+        defaults = model_defaults()
         patches = (self.model.get(name, defaults[name]) for name in ("patch_size", "base_patch_size"))
         return self.flow.pyramid(*patches)
 
@@ -332,7 +346,8 @@ def load_preset(name: str) -> RunConfig:
     return RunConfig.from_dict(values, name)
 
 
-def _model_defaults() -> dict[str, Any]:
+def model_defaults() -> dict[str, Any]:
+    """What `[model]` has where a key is left out."""
     from physformer_core.model.transformer import PhysFormerTransformer2DModel
 
     signature = inspect.signature(PhysFormerTransformer2DModel.__init__)

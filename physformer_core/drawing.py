@@ -223,7 +223,8 @@ def requests_from_metadata(metadata: PictureMetadata, source: str) -> tuple[list
         position, pictures = batch["position"], batch["pictures"]
         if len(pictures) > _MAX_REDRAWN_BATCH:
             raise ValueError(f"{len(pictures)} pictures in one batch")
-        assert metadata.width and metadata.height and metadata.solver and metadata.guidance is not None
+        if not (metadata.width and metadata.height and metadata.solver and metadata.guidance is not None):
+            raise ValueError("its size, solver or guidance is empty")
         requests = [
             PictureRequest(
                 prompt=str(one.get("prompt", metadata.prompt)),
@@ -244,7 +245,7 @@ def requests_from_metadata(metadata: PictureMetadata, source: str) -> tuple[list
         own.settings()
         if (own.prompt, own.seed, own.index) != (metadata.prompt, metadata.seed, metadata.image_index):
             raise ValueError("its batch does not hold it")
-    except (TypeError, ValueError, KeyError, AttributeError, PhysFormerError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, PhysFormerError) as error:
         reason = error.message if isinstance(error, PhysFormerError) else str(error)
         raise DataError(
             f"{source} has metadata that cannot be followed: {reason}", hint="`physformer info` shows it"

@@ -52,6 +52,7 @@ class Replay:
         output: The value it had, given or chosen by the command: a file, a pattern or a folder.
         output_is_folder: Whether that value names a folder.
         pinned: Arguments that fix what the command chose for itself, for example ["--seed", "81231"].
+        dropped: Options with a value that the pinned ones took the place of.
         stdin: What the command read from standard input, or None.
     """
 
@@ -59,6 +60,7 @@ class Replay:
     output: str = ""
     output_is_folder: bool = False
     pinned: list[str] = dataclasses.field(default_factory=list)
+    dropped: list[str] = dataclasses.field(default_factory=list)
     stdin: str | None = None
 
 
@@ -372,9 +374,15 @@ class RunRecorder:
         self._replay.output = str(output)
         self._replay.output_is_folder = folder
 
-    def pin(self, *arguments: str) -> None:
-        """Adds arguments to the replayed command that fix what this run chose for itself: `pin("--seed", "81231")`."""
+    def pin(self, *arguments: str, instead_of: Sequence[str] = ()) -> None:
+        """Adds arguments to the replayed command that fix what this run chose for itself: `pin("--seed", "81231")`.
+
+        Args:
+            arguments: The options with their values.
+            instead_of: Options with a value that were given, had no effect in this run, and are left out in a replay.
+        """
         self._replay.pinned.extend(arguments)
+        self._replay.dropped.extend(instead_of)
 
     def read_stdin(self, text: str) -> None:
         """Keeps what the command read from standard input; a replay feeds it again."""

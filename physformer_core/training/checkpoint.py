@@ -247,8 +247,12 @@ def load_training_state(path: Path) -> TrainingState:
         raise CheckpointError(f"there is no checkpoint '{path}'", hint="name a run's folder, or a step-NNNNNNNN in it")
     try:
         metadata = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(metadata, dict):
+            raise ValueError("state.json holds no object")
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"'{path}' has format {metadata.get('format')!r}", hint=f"expected {FORMAT}")
+        if missing := {"step", "config", "data_key", "skipped"} - set(metadata):
+            raise ValueError(f"state.json lacks {min(missing)}")
         tensors = load_file(path / "state.safetensors")
         average = _load_average(path)
     except (OSError, SafetensorError, ValueError) as error:

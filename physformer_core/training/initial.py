@@ -3,6 +3,7 @@ weights stay as they are."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def model_arguments(config: RunConfig, shards: ShardSet) -> dict[str, Any]:
 
 def first_network(
     config: RunConfig, shards: ShardSet, init_from: Path | None
-) -> tuple[PhysFormerTransformer2DModel, dict[str, Any] | None]:
+) -> tuple[PhysFormerTransformer2DModel, dict[str, Any] | None, list[str]]:
     """The network of a run before its first step, on the CPU; new weights come from torch's random state.
 
     Args:
@@ -40,12 +41,13 @@ def first_network(
         init_from: See `Trainer`.
 
     Returns:
-        The network, with gradients only for what is trained, and of an adapter what it adapts (`adapter_facts`).
+        The network, with gradients only for what is trained; of an adapter what it adapts (`adapter_facts`); and what
+        was changed of the network that it starts from, in words.
 
     Raises:
         ConfigError, CheckpointError: They do not fit each other, or nothing would be trained.
     """
-    arguments, facts = model_arguments(config, shards), None
+    arguments, facts, changes = model_arguments(config, shards), None, []
     if config.training.lora_rank:
         checkpoint = find_checkpoint(init_from)
         check_text(checkpoint, shards.encoder["name"])
@@ -54,11 +56,28 @@ def first_network(
     elif init_from is None:
         model = PhysFormerTransformer2DModel(**arguments)
     else:
-        model = _with_parts_of_level_0(_started_from(init_from, arguments), arguments)
+        start = _started_from(init_from, arguments)
+        model = _with_parts_of_level_0(start, arguments)
         model = _with_patches_of_level_0(model, arguments["base_patch_size"])
+        changes = _changes(start.config, model.config)
         _check_model(model, arguments, init_from)
     freeze(model, config.training)
-    return model, facts
+    return model, facts, changes
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What is other than in the network that a run starts from, in words."""
+    if not before["base_num_layers"] and after["base_num_layers"]:
+        return ["level 0 has a network of its own, which begins anew"]
+    changes = []
+    if not before["refiner_channels"] and after["refiner_channels"]:
+        changes.append("level 0 has a refiner, which begins with no correction")
+    if (old := before["base_patch_size"]) != (new := after["base_patch_size"]):
+        changes.append(
+            f"level 0's patches of {old} are resized to {new}, for as many tokens of another resolution; its refiner "
+            "begins with no correction"
+        )
+    return changes
 
 
 def freeze(model: PhysFormerTransformer2DModel, train: TrainConfig) -> None:

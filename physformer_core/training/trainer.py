@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from physformer_core.config import FlowConfig, RunConfig
+from physformer_core.config import FlowConfig, RunConfig, model_defaults
 from physformer_core.data.loader import Batch, BatchStream, ShardSet, made_ahead
 from physformer_core.data.resident import why_not_resident
 from physformer_core.errors import CheckpointError, ConfigError, DeviceError, PhysFormerError
@@ -123,7 +123,7 @@ class Trainer:
             self._threads = _DRAWING_THREADS if self.device.type == "cuda" else 1
             check_level_zero(config, self.shards)
             torch.manual_seed(train.seed)
-            self.model, self.adapter = first_network(
+            self.model, self.adapter, self.changes = first_network(
                 config, self.shards, init_from if self.ranks.is_main or train.lora_rank else None
             )
             self.model.to(self.device)
@@ -188,6 +188,7 @@ class Trainer:
             on_spoilt=self._give_up,
         )
         self.step = 0
+        self._saved = 0  # the step that is safe: the last that was saved, or resumed from
         self.later: Path | None = None  # where `resume` has put checkpoints of later steps
         self._stop = False
         self._stopped = False
@@ -262,7 +263,8 @@ class Trainer:
         state.restore(self.model, self.optimizer, self.ema, self.ranks)
         if scale := metadata.get("loss_scale"):
             self.gradients.restore_scale(scale)
-        self.step, self.updates.skipped = step, int(metadata["skipped"])
+        self.step = self._saved = step
+        self.updates.skipped = int(metadata["skipped"])
         with self.ranks.together():
             if self.ranks.is_main:
                 self.later = set_aside(self.checkpoint_dir, self.step)
@@ -294,8 +296,9 @@ class Trainer:
                 f"'{source}' was trained with '{frozen}' frozen, this run has '{self.config.training.freeze}'",
                 hint="use --init-from to start a new run from its weights",
             )
-        # Through the class, so that a key that was added since has its default.
-        before["flow"] = dataclasses.asdict(FlowConfig(**before["flow"]))
+        # With defaults, so that a key that was added since has its own.
+        for part, defaults in (("model", model_defaults()), ("flow", dataclasses.asdict(FlowConfig()))):
+            before[part], now[part] = defaults | before[part], defaults | now[part]
         if other := [part for part in ("model", "flow") if before[part] != now[part]]:
             hint = "resume with the same preset"
             raise CheckpointError(f"'{source}' has another {other[0]} configuration", hint=hint)
@@ -360,7 +363,7 @@ class Trainer:
                 last = self.step == train.steps
                 validation: dict[str, float] = {}
                 if last or self.step % train.validate_every == 0:
-                    with interval.paused():
+                    with interval.paused(), self._keeping_the_step("validation", "a smaller --batch-size"):
                         validation = self.validate()
                 if last or validation or self.step % train.log_every == 0:
                     self.updates.settle()
@@ -372,15 +375,28 @@ class Trainer:
                         self.on_report(report)
                     interval = Interval()
                 if self.samples is not None and self.step % train.sample_every == 0:
-                    with interval.paused():
+                    with interval.paused(), self._keeping_the_step("drawing samples", "--sample-every 0"):
                         self._draw_samples(self.samples)
                 if self.on_step is not None:
                     self.on_step(self.step)
                 if last or self.step % train.checkpoint_every == 0:
                     self.save()
-        if self._stopped and self.step % train.checkpoint_every and self.step < train.steps:
+        if self._stopped and self.step != self._saved:
             self.save()
         return self.step == train.steps
+
+    @contextlib.contextmanager
+    def _keeping_the_step(self, what: str, instead: str) -> Iterator[None]:
+        """Where the GPU's memory is not enough for what comes after a step, the step is saved before the run ends."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if self.ranks.alone:
+                self.save()
+            raise DeviceError(
+                f"{what} after step {self.step} does not fit into the memory of {self.device}",
+                hint=f"{instead}; --resume auto goes on",
+            ) from error
 
     def _preparing(self, stream: BatchStream) -> Callable[[int], tuple[Batch, Draws]]:
         """What makes a step's batch and draws, in whichever thread: both are functions of seed and step alone."""
@@ -495,6 +511,7 @@ class Trainer:
                     keep_last=train.keep_last,
                     keep_every=train.keep_every,
                 )
+        self._saved = self.step
         return self.checkpoint_dir / f"step-{self.step:08d}"
 
 

@@ -112,6 +112,7 @@ def test_preprocess(physformer, scene_raw, tmp_path):
         (["--levels", "1,two"], "--levels takes numbers with commas between them, not '1,two'"),
         (["--levels", "1,2", "--level-weights", "1"], "2 levels need as many weights, not 1"),
         (["--crop-size", "90"], "crop_size must be a multiple of 8"),
+        (["--preset", "nano", "--buckets", "32x32"], "--preset has no effect beside --buckets"),
         (["--validation-fraction", "2"], "validation_fraction must be from 0 to 0.9"),
     ],
 )

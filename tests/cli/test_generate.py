@@ -316,6 +316,28 @@ def test_bad_input(generate, arguments, word):
     assert [name for name in everything() if name.endswith(".png")] == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        ("guidance = 1.0", ("--negative-prompt", "a dog")),
+        ("guidance = 1.0", ("--guidance-interval", "0.1,0.9")),
+        ('solver = "adaptive"', ("--batch-size", "2")),
+    ],
+)
+def test_options_without_effect_beside_settings(generate, settings, arguments):
+    Path("physformer.toml").write_text(f"[generate]\n{settings}\n")
+    ending = generate("a cat", *arguments)
+    assert ending.code == 1 and f"error: {arguments[0]}" in ending.err and "has no effect" in ending.err
+
+
+def test_a_line_without_guidance_takes_no_negative_prompt(generate):
+    lines = [{"prompt": "a cat", "guidance": 1}, {"prompt": "a dog", "guidance": 1, "negative_prompt": "a cat"}]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ending = generate("--prompt-file", "p.jsonl", "--negative-prompt", "a fish", "-o", "out/")
+    assert ending.code == 1 and len(ending.files) == 1 and "negative_prompt has no effect" in ending.err
+    assert read_metadata(ending.files[0]).negative_prompt == ""
+
+
 def test_no_prompt_at_all_is_a_usage_error(generate):
     assert generate(size=()).code == 2
 
@@ -414,6 +436,9 @@ def test_batches_hold_what_can_be_drawn_together(tiny_checkpoint, monkeypatch):
     assert planner.batch_limit(PictureRequest("a", 0, 0, 512, 512), cpu) == 4
     assert planner.batch_limit(PictureRequest("a", 0, 0, 1280, 720), cpu) == 1
     assert planner.batch_limit(PictureRequest("a", 0, 0, 64, 64, solver="adaptive"), cpu, 4) == 1
+    planner.patch, planner.base_patch, planner.pyramid = 16, 4, planner.flow.pyramid(16, 4)
+    assert planner.picture_tokens(12, 20) == 15 and planner.batch_limit(PictureRequest("a", 0, 0, 12, 20), cpu) == 8
+    planner.patch, planner.base_patch, planner.pyramid = 8, 8, planner.flow.pyramid(8, 8)
     gpu = torch.device("cuda")
     one = planner.picture_bytes(1280, 720)
     assert planner.batch_limit(small, gpu) == 64

@@ -79,6 +79,8 @@ def test_from_other_kernels_warns(generate, monkeypatch):
     [
         ({"width": 0}, "cannot be followed"),
         ({"solver": "magic"}, "cannot be followed"),
+        ({"solver": ""}, "cannot be followed"),
+        ({"guidance": 10**400}, "cannot be followed"),
         ({"guidance": -1}, "cannot be followed"),
         ({"seed": -1}, "cannot be followed"),
         ({"seed": None}, "does not say enough"),
@@ -94,6 +96,8 @@ def test_from_other_kernels_warns(generate, monkeypatch):
         ),
         ({"extra": {"steps_per_level": [2], "preview_of_level": 0}}, "is a preview of level 0"),
         ({"extra": {"steps_per_level": [2], "dtype": "fp7"}}, "unknown dtype"),
+        ({"extra": {"steps_per_level": [2], "loras": [{"name": "a"}]}}, "its adapters are not named"),
+        ({"extra": {"steps_per_level": [2], "loras": 3}}, "its adapters are not named"),
         ({"prompt": "a bird " * 40}, "tokens"),
     ],
 )

@@ -233,7 +233,9 @@ def test_a_missing_output_does_not_agree():
 
 def test_arguments_of_a_replay(tmp_path):
     argv = ["generate", "-o", "a.png", "--seed", "1", "--output=b.png", "--outputs", "x", "--", "-o", "bird"]
-    run = record(argv=argv, replay=Replay(("--output", "-o"), "deep/b.png", pinned=["--device", "cpu"]))
+    argv[1:1] = ["--from", "x", "--from=y"]
+    replay = Replay(("--output", "-o"), "deep/b.png", pinned=["--device", "cpu"], dropped=["--from"])
+    run = record(argv=argv, replay=replay)
     assert replay_arguments(run, tmp_path) == [
         *["generate", "--seed", "1", "--outputs", "x", "--output", f"{tmp_path}/b.png", "--device", "cpu"],
         *["--", "-o", "bird"],

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from physformer_core.config import load_preset
 from physformer_core.data.loader import BatchStream, ShardSet
 from physformer_core.data.preprocess import PreprocessConfig, preprocess
-from physformer_core.errors import CheckpointError, ConfigError, OutputError
+from physformer_core.errors import CheckpointError, ConfigError, DeviceError, OutputError
 from physformer_core.training import checkpoint
 from physformer_core.training.checkpoint import list_checkpoints, load_training_state
 from physformer_core.training.estimate import estimate_run
@@ -121,7 +121,13 @@ def test_stopped_and_resumed_equals_straight(scene_set, tmp_path, final, stop):
     assert not first.run()
     assert names(first) == [f"step-{stop:08d}"]
     second = make(scene_set, tmp_path)
-    assert second.resume("auto") == first.checkpoint_dir / f"step-{stop:08d}" and second.step == stop
+    saved = first.checkpoint_dir / f"step-{stop:08d}"
+    assert second.resume("auto") == saved and second.step == stop
+    second.request_stop()
+    written = (saved / "state.json").stat().st_ino
+    assert not second.run()
+    assert (saved / "state.json").stat().st_ino == written, "what is safe is not written again"
+    second._stop = False
     assert second.run()
     assert same_state(second.checkpoint_dir / "step-00000008", final)
 
@@ -208,6 +214,32 @@ def test_resume_refuses_what_belongs_elsewhere(scene_set, straight, tmp_path):
         Trainer(config, scene_set, tmp_path, device="cpu").resume(straight)
 
 
+def test_keys_that_are_newer_than_a_checkpoint_have_their_defaults(scene_set, straight, tmp_path):
+    folder = shutil.copytree(straight, tmp_path / "older")
+    (state,) = folder.glob("checkpoints/step-00000008/state.json")
+    content = json.loads(state.read_text())
+    del content["config"]["flow"]["settling"]
+    content["config"]["model"].pop("max_sigma", None)
+    state.write_text(json.dumps(content))
+    assert make(scene_set, tmp_path / "a").resume(folder)
+    content["config"]["flow"]["of_a_later_version"] = 1
+    state.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="another flow configuration"):
+        make(scene_set, tmp_path / "b").resume(folder)
+
+
+def test_memory_that_ends_after_a_step_leaves_the_step(scene_set, tmp_path):
+    trainer = make(scene_set, tmp_path, validate_every=3, checkpoint_every=8)
+
+    def validate():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.validate = validate
+    with pytest.raises(DeviceError, match="validation after step 3 does not fit"):
+        trainer.run()
+    assert names(trainer) == ["step-00000003"]
+
+
 def test_damaged_checkpoints_are_refused(scene_set, final, tmp_path):
     for number, damage in enumerate(
         (
@@ -215,6 +247,8 @@ def test_damaged_checkpoints_are_refused(scene_set, final, tmp_path):
             lambda folder: (folder / WEIGHTS).unlink(),
             lambda folder: (folder / "state.json").write_text("{"),
             lambda folder: (folder / "state.json").write_text('{"format": "other/1"}'),
+            lambda folder: (folder / "state.json").write_text("[]"),
+            lambda folder: (folder / "state.json").write_text(json.dumps({"format": checkpoint.FORMAT, "step": 8})),
         )
     ):
         folder = tmp_path / str(number) / "step-00000008"
