@@ -44,7 +44,7 @@ KEPT: dict[Bits, tuple[str, ...]] = {
     4: ("*patch_embed.*", "*condition_embed.*", "*final_layer.proj_out", "*refiner.*"),
 }
 """Layers that stay as they are, by bits: chosen by `physformer quantize --sensitivity` (docs/quantization.md); the
-refiner's, as it is where level 0 leaves and has a fiftieth of the weights."""
+refiner's, as it is where level 0 leaves and has one weight in two hundred."""
 
 LEAST_SAVING = 0.1
 """A file must become smaller by this share, or quantizing is refused."""
