@@ -125,6 +125,7 @@ def variety(
         scenes_like,
         variation_of,
     )
+    from physformer_core.files import sha256_file
     from physformer_core.hardware import resolve_device
     from physformer_core.project import recorded_run
 
@@ -187,7 +188,7 @@ def variety(
         run.device, run.seeds = str(where), [seed]
         run.config = {key: value for key, value in result.items() if key != "rows" and value is not None}
         if shards is not None:
-            run.data_sha256 = shards.key
+            run.data_sha256 = sha256_file(shards.folder / "manifest.json")
         write_result(output, result, run)
         if contact_sheet is not None:
             _write_sheet(contact_sheet, cases, looks, neighbours, seeds, run)

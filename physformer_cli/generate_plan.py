@@ -427,9 +427,11 @@ def _again(
 def _with_settings_beside(asked: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """What was asked of the size, and what the settings say of the rest of it: the aspect of a named resolution, or the
     height to a width."""
+    from physformer_core.resolution import parse_exact
+
     only = [key for key, value in asked.items() if value is not None]
     beside = {"width": "height", "height": "width"}
-    if only == ["res"] and "x" not in asked["res"].lower():
+    if only == ["res"] and parse_exact(asked["res"]) is None:
         return asked | {"aspect": settings["aspect"]}
     if len(only) == 1 and only[0] in beside:
         return asked | {beside[only[0]]: settings[beside[only[0]]]}

@@ -63,7 +63,7 @@ def resolve_size(
                 "--res and --width/--height say the size twice",
                 hint="give either --res, or --width and --height",
             )
-        exact = _parse_exact(res)
+        exact = parse_exact(res)
         if exact is not None:
             if aspect is not None:
                 raise SizeError(
@@ -114,7 +114,8 @@ def parse_aspect(aspect: str) -> float:
     return float(match[1]) / float(match[2])
 
 
-def _parse_exact(res: str) -> tuple[int, int] | None:
+def parse_exact(res: str) -> tuple[int, int] | None:
+    """Width and height of a resolution that names both; None of one that is a name."""
     match = _SIZE.fullmatch(res.strip().lower())
     return (int(match[1]), int(match[2])) if match else None
 

@@ -168,7 +168,7 @@ class Interval:
             time_losses=times,
             examples_per_second=self.examples / elapsed,
             wait_fraction=self.waited / elapsed,
-            learning_rate=train.lr * schedule(trainer.step, train.steps, warmup_fraction=train.warmup_fraction),
+            learning_rate=train.lr * schedule(trainer.step - 1, train.steps, warmup_fraction=train.warmup_fraction),
             gradient_norm=float(finite.mean()) if len(finite) else None,
             skipped=trainer.updates.skipped,
             statistics={name: value for name, value in statistics.items() if math.isfinite(value)},

@@ -338,6 +338,14 @@ def test_a_line_without_guidance_takes_no_negative_prompt(generate):
     assert read_metadata(ending.files[0]).negative_prompt == ""
 
 
+@pytest.mark.parametrize("size", ["64x48", "64×48", "64 x 48"])
+def test_an_exact_size_needs_no_aspect_of_the_settings(generate, size):
+    Path("physformer.toml").write_text('[generate]\nres = "720p"\naspect = "16:9"\n')
+    ending = generate("a cat", "--res", size, "--dry-run", "--json", size=())
+    (one,) = json.loads(ending.out)["pictures"]
+    assert (one["width"], one["height"]) == (64, 48)
+
+
 def test_no_prompt_at_all_is_a_usage_error(generate):
     assert generate(size=()).code == 2
 
