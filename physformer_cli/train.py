@@ -280,12 +280,13 @@ def _train(
     from physformer_core.errors import OutputError
     from physformer_core.files import sha256_file, sole_writer
     from physformer_core.hardware import matrix_peak
+    from physformer_core.run_folder import CHECKPOINTS
     from physformer_core.training.checkpoint import list_checkpoints, step_of, weights_file
     from physformer_core.training.trainer import Trainer
 
     watch.check()
     main = is_main()
-    earlier = list_checkpoints(folder / "checkpoints")
+    earlier = list_checkpoints(folder / CHECKPOINTS)
     if earlier and resume is None:
         raise OutputError(
             f"{folder} already holds a run, at step {step_of(earlier[-1])}",

@@ -16,7 +16,6 @@ import gc
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from physformer_core.errors import CheckpointError, ConfigError, DeviceError, PhysFormerError
 from physformer_core.files import sha256_file
 from physformer_core.lora import ScaledAdapter, merge_adapters
+from physformer_core.run_folder import CHECKPOINTS, name_of_folder, steps_in
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,6 @@ _INDEX = "model_index.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _QUANTIZED, _QUANTIZATION = "quantized.safetensors", "quantization.json"  # see physformer_core.quantization.storage
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_STEP = re.compile(r"step-\d{8}")
 _LAYOUT_HINT = f"a checkpoint is a folder with {_INDEX} and transformer/, a step-NNNNNNNN folder, or a run's folder"
 _MAX_HEADER_BYTES = 100 << 20
 _RECOMPILE_LIMIT = 64  # every level has a size of its own, and dynamo gives up after 8 by default
@@ -133,8 +132,8 @@ def find_checkpoint(path: str | Path | None = None) -> Checkpoint:
     quantized = folder / "transformer" / _QUANTIZED
     if quantized.is_file():
         description = _read_json(folder / "transformer" / _QUANTIZATION)
-        return Checkpoint(folder, _name(folder), pipeline, config, (quantized,), description)
-    return Checkpoint(folder, _name(folder), pipeline, config, _weight_files(folder / "transformer"))
+        return Checkpoint(folder, name_of_folder(folder), pipeline, config, (quantized,), description)
+    return Checkpoint(folder, name_of_folder(folder), pipeline, config, _weight_files(folder / "transformer"))
 
 
 def load_pipeline(
@@ -279,23 +278,12 @@ def _pipeline_folder(path: Path) -> Path:
         raise CheckpointError(f"there is no checkpoint {path}", hint=_LAYOUT_HINT)
     if (path / _INDEX).is_file():
         return path
-    for parent in (path / "checkpoints", path):
-        if parent.is_dir():
-            # A checkpoint is renamed into place when it is whole, so the newest is whole.
-            steps = [p for p in parent.iterdir() if _STEP.fullmatch(p.name) and (p / _INDEX).is_file()]
-            if steps:
-                return max(steps, key=lambda step: step.name)
+    for parent in (path / CHECKPOINTS, path):
+        if steps := steps_in(parent, holding=_INDEX):
+            return steps[-1]
     if (path / "config.json").is_file() and (path.parent / _INDEX).is_file():
         raise CheckpointError(f"{path} is a part of a checkpoint", hint=f"name the whole: {path.parent}")
     raise CheckpointError(f"{path} holds no checkpoint: it has no {_INDEX}", hint=_LAYOUT_HINT)
-
-
-def _name(folder: Path) -> str:
-    folder = folder.absolute()
-    if _STEP.fullmatch(folder.name):
-        run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-        return f"{run.name}/{folder.name}"
-    return folder.name
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

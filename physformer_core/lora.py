@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from physformer_core.errors import CheckpointError, ConfigError
 from physformer_core.files import sha256_file
+from physformer_core.run_folder import CHECKPOINTS, name_of_folder, step_of_folder, steps_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,6 @@ The text stream stays as it is, so that a prompt is read the same with and witho
 
 MAX_SCALE = 100.0
 
-_STEP = re.compile(r"step-\d{8}")
 _KEY = re.compile(r"transformer\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _LAYOUT_HINT = (
     f"an adapter is a {ADAPTER_FILE}, its folder, or a step-NNNNNNNN folder or the whole folder of a run of "
@@ -245,11 +245,9 @@ def _adapter_file(path: Path) -> Path:
     for folder in (path, path / ADAPTER_FOLDER):
         if (folder / ADAPTER_FILE).is_file():
             return folder / ADAPTER_FILE
-    if (path / "checkpoints").is_dir():
-        steps = [p for p in (path / "checkpoints").iterdir() if _STEP.fullmatch(p.name)]
-        steps = [p for p in steps if (p / ADAPTER_FOLDER / ADAPTER_FILE).is_file()]
-        if steps:
-            return max(steps, key=lambda step: step.name) / ADAPTER_FOLDER / ADAPTER_FILE
+    of_adapter = f"{ADAPTER_FOLDER}/{ADAPTER_FILE}"
+    if steps := steps_in(path / CHECKPOINTS, holding=of_adapter):
+        return steps[-1] / of_adapter
     raise CheckpointError(f"{path} holds no adapter: it has no {ADAPTER_FILE}", hint=_LAYOUT_HINT)
 
 
@@ -282,11 +280,8 @@ def _name(file: Path) -> str:
     if file.name != ADAPTER_FILE:
         return file.stem
     folder = file.parent
-    step = folder.parent
-    if folder.name == ADAPTER_FOLDER and _STEP.fullmatch(step.name):
-        run = step.parent.parent if step.parent.name == "checkpoints" else step.parent
-        return f"{run.name}/{step.name}"
-    return folder.name
+    is_trained = folder.name == ADAPTER_FOLDER and step_of_folder(folder.parent) is not None
+    return name_of_folder(folder.parent if is_trained else folder)
 
 
 def _size(shape: tuple[int, int] | None) -> str:

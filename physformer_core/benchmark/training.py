@@ -9,7 +9,6 @@ pipeline, compiling, Muon and average. So what differs speaks for the peer, but 
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import tempfile
 import time
@@ -85,7 +84,7 @@ def compose_data(folder: Path, config: RunConfig) -> Path:
     from physformer_core.data.preprocess_config import PreprocessConfig
     from physformer_core.data.scenes import fetch_scenes
 
-    side = 8 * max(1, round(math.sqrt(config.flow.base_area) / 8))
+    side = config.pyramid().training_sizes()[0][0]
     crop = config.training.crop_size
     levels = tuple(level for level in range(1, 9) if side << level >= crop)[:5]
     fetch_scenes(folder / "raw", count=SCENES, seed=0)

@@ -12,7 +12,6 @@ A run that trains an adapter alone has `adapter/` in the place of `model_index.j
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,13 +28,13 @@ from physformer_core.files import atomic_folder, output_error
 from physformer_core.lora import ADAPTER_FILE, ADAPTER_FOLDER, PREFIX, adapter_bytes
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.pipeline import PhysFormerPipeline
+from physformer_core.run_folder import CHECKPOINTS, step_folder, step_of_folder, steps_in
 from physformer_core.training.distributed import Ranks, divided_like, whole
 from physformer_core.training.ema import WeightAverage
 from physformer_core.training.optimizer import Optimizer
 
 FORMAT = "physformer-checkpoint/1"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-_STEP = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def save_checkpoint(
     Raises:
         OutputError: If the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
-    target = folder / f"step-{step:08d}"
+    target = folder / step_folder(step)
     try:
         _sweep(folder)
     except OSError as error:
@@ -218,23 +217,21 @@ def transformer_folder(checkpoint: Path) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints under ``folder``, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if _STEP.fullmatch(p.name) and (p / "state.json").is_file())
+    return steps_in(folder, holding="state.json")
 
 
 def newest_checkpoint(path: Path) -> Path:
     """The checkpoint itself, or the newest one of a run's folder."""
-    found = list_checkpoints(path / "checkpoints")
+    found = list_checkpoints(path / CHECKPOINTS)
     return found[-1] if found else path
 
 
 def step_of(path: Path) -> int:
     """The step a checkpoint folder was written at."""
-    match = _STEP.fullmatch(path.name)
-    if match is None:
+    step = step_of_folder(path)
+    if step is None:
         raise CheckpointError(f"'{path}' is not a training checkpoint", hint="its name should be step-NNNNNNNN")
-    return int(match.group(1))
+    return step
 
 
 def load_training_state(path: Path) -> TrainingState:

@@ -31,8 +31,6 @@ from physformer_core.hardware import resolve_device
 from physformer_core.model.attention import TextKeyValue
 from physformer_core.model.transformer import EncodedPrompt, PhysFormerTransformer2DModel
 
-PARALLEL = ("auto", "ddp", "fsdp")
-
 TIMEOUT = timedelta(minutes=15)
 """How long a rank waits for the others, e.g. while the first one writes a checkpoint."""
 
@@ -335,11 +333,6 @@ def divided_like(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     # Nothing is sent: every rank cuts its part out of its own copy.
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds, as a plain tensor of the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from physformer_core.hardware import keep_freed_memory, resolve_dtype, why_no_co
 from physformer_core.model.attention import why_no_native
 from physformer_core.model.fused import ops as fused
 from physformer_core.pipeline import PhysFormerPipeline
+from physformer_core.run_folder import CHECKPOINTS, step_folder
 from physformer_core.training.adapter import check_resumed_adapter
 from physformer_core.training.checkpoint import (
     TrainingState,
@@ -221,7 +222,7 @@ class Trainer:
 
     @property
     def checkpoint_dir(self) -> Path:
-        return self.output_dir / "checkpoints"
+        return self.output_dir / CHECKPOINTS
 
     @property
     def _log_path(self) -> Path:
@@ -512,7 +513,7 @@ class Trainer:
                     keep_every=train.keep_every,
                 )
         self._saved = self.step
-        return self.checkpoint_dir / f"step-{self.step:08d}"
+        return self.checkpoint_dir / step_folder(self.step)
 
 
 def _step_seed(seed: int, step: int) -> int:
