@@ -411,9 +411,8 @@ class _Shown:
         level = levels[event.level]
         done += min(level.work, level.tokens * sum(level.evaluations[: event.step]))
         first, last, total = self._finished + 1, self._finished + len(self._numbers), len(self._plan.pictures)
-        of_steps = (
-            f"/{event.steps}" if event.step <= event.steps else ""
-        )  # the adaptive solver takes as many as it needs
+        # The adaptive solver takes as many as it needs.
+        of_steps = f"/{event.steps}" if event.step <= event.steps else ""
         which = f"picture {first}" if first == last else f"pictures {first}-{last}"
         self._task.describe(f"{which} of {total}, level {event.level + 1}/{event.levels}, step {event.step}{of_steps}")
         self._task.update(_thousands(self._before + done * len(self._numbers)))

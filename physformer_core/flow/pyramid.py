@@ -147,6 +147,8 @@ class Pyramid:
             sizes: (height, width) in elements of the field.
         """
         patch, rounding = self._base_patch, self._training_unit / 2
+        if self.base_widening == 0:  # sets of one area were made of multiples of 8, whatever the patches
+            rounding = max(rounding, 4)
 
         def larger(height: float, width: float) -> float:
             return math.sqrt(height * width / self.area_of_base(height, width))  # grows with either side

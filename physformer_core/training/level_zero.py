@@ -12,9 +12,13 @@ from physformer_core.errors import ConfigError
 def check_level_zero(config: RunConfig, shards: ShardSet) -> None:
     """Refuses a set whose whole pictures have sizes that sampling, with this configuration, would not begin with.
 
+    A run on crops alone trains on none of them, and may have any.
+
     Raises:
         ConfigError: With what would fit as its hint.
     """
+    if config.training.crop_fraction == 1:
+        return
     pyramid = config.pyramid()
     sizes = shards.sizes("base", "train")
     if (wrong := pyramid.why_not_begun(sizes)) is None:

@@ -135,6 +135,12 @@ def test_sizes_that_no_picture_begins_with(size: tuple[int, int], why: str) -> N
     assert why in str(pyramid.why_not_begun([(32, 32), (32, 56), size]))
 
 
+def test_sets_of_before_are_what_pictures_of_one_area_begin_with() -> None:
+    before = [(32, 32), (32, 40), (40, 32), (24, 40), (40, 24), (24, 56), (56, 24)]
+    assert Pyramid(base_patch_size=4).why_not_begun(before) is None
+    assert Pyramid(base_patch_size=4, base_widening=1.0).why_not_begun(before) is not None
+
+
 def test_sizes_to_train_on() -> None:
     assert Pyramid(base_widening=1).training_sizes() == PreprocessConfig.buckets
     larger = Pyramid(base_area=2304, base_widening=1, base_patch_size=6).training_sizes()

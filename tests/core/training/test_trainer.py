@@ -22,6 +22,7 @@ from physformer_core.errors import CheckpointError, ConfigError, DeviceError, Ou
 from physformer_core.training import checkpoint
 from physformer_core.training.checkpoint import list_checkpoints, load_training_state
 from physformer_core.training.estimate import estimate_run
+from physformer_core.training.level_zero import check_level_zero
 from physformer_core.training.trainer import Trainer, TrainingDiverged
 from physformer_core.training.update import MAX_BAD_STEPS
 
@@ -420,6 +421,7 @@ def test_a_set_of_pictures_of_one_area_asks_for_no_widening(scene_raw, tmp_path)
         Trainer(config.override("training", lora_rank=2), tmp_path / "set", tmp_path, device="cpu")
     assert "how pictures begin is the adapted checkpoint's" in caught.value.hint
     Trainer(config.override("flow", base_widening=0.0), tmp_path / "set", tmp_path, device="cpu")
+    check_level_zero(config.override("training", crop_fraction=1.0), ShardSet(tmp_path / "set"))
 
 
 def test_a_batch_in_parts_is_the_same_step(scene_set, tmp_path):
