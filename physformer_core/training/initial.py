@@ -74,8 +74,8 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         changes.append("level 0 has a refiner, which begins with no correction")
     if (old := before["base_patch_size"]) != (new := after["base_patch_size"]):
         changes.append(
-            f"level 0's patches of {old} are resized to {new}, for as many tokens of another resolution; its refiner "
-            "begins with no correction"
+            f"level 0's patches of {old} are resized to {new}, for as many tokens of another resolution"
+            + ("; its refiner begins with no correction" if after["refiner_channels"] else "")
         )
     return changes
 

@@ -130,6 +130,7 @@ def test_level_0_goes_on_with_larger_patches(scene_set, start, tmp_path):
     assert wide.shape == (2, 3, 24, 36)
     trainer = make_with(scene_set, tmp_path / "run", {"base_patch_size": 8}, init_from=tmp_path / "start", steps=1)
     assert trainer.model.config.base_patch_size == 8 and trainer.run()
+    assert len(trainer.changes) == 1 and "patches of 4 are resized to 8" in trainer.changes[0]
     after = first_network(debug({"base_patch_size": 6}), trainer.shards, tmp_path / "start")[0]
     assert torch.allclose(seen(after, wide), resized_field(seen(before, small), 4, 6), atol=1e-4)
     assert not torch.allclose(seen(after, wide), torch.zeros(()), atol=1e-2)
