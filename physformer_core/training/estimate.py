@@ -15,7 +15,7 @@ from physformer_core.data.loader import Batch, BatchStream, ShardSet
 from physformer_core.errors import ConfigError
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.training.adapter import put_adapter, trainable_parameters
-from physformer_core.training.initial import model_arguments
+from physformer_core.training.initial import freeze, model_arguments
 from physformer_core.training.level_zero import check_level_zero
 from physformer_core.training.optimizer import split_parameters
 from physformer_core.training.watching import batch_flops, newton_schulz_flops
@@ -65,6 +65,8 @@ def estimate_run(config: RunConfig, shards: ShardSet) -> RunEstimate:
         model = PhysFormerTransformer2DModel(**model_arguments(config, shards))
         if train.lora_rank:
             put_adapter(model, train)
+    if not train.lora_rank:
+        freeze(model, train)
     stream = BatchStream(
         shards,
         seed=train.seed,

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from physformer_core.config import load_preset
 from physformer_core.data.loader import BatchStream, ShardSet
+from physformer_core.errors import ConfigError
 from physformer_core.model.flops import picture_flops, prompt_flops, training_flops
 from physformer_core.model.native.ops import why_not as native_missing
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
@@ -115,6 +116,20 @@ def test_a_run(scene_set, tmp_path):
         ]
     )
     assert muon < estimate.flops_per_step < muon + 10 * 64 * 4 * parameters * 6
+
+
+def test_what_is_frozen_is_not_counted(scene_set, tmp_path):
+    config = load_preset("debug")
+    whole = estimate_run(config, ShardSet(scene_set))
+    frozen = config.override("training", freeze="text_,null_")
+    part = estimate_run(frozen, ShardSet(scene_set))
+    trainer = Trainer(frozen, scene_set, tmp_path, device="cpu")
+    assert part.trainable == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) < whole.trainable
+    assert part.flops_per_step < whole.flops_per_step and part.state_bytes < whole.state_bytes
+    with pytest.raises(ConfigError, match="would train nothing"):
+        estimate_run(
+            config.override("training", freeze="blocks.,patch_,condition_,final_,text_,null_"), ShardSet(scene_set)
+        )
 
 
 @pytest.mark.usefixtures("without_native")
