@@ -137,11 +137,10 @@ class Planner:
         """
         sizes = self.sizes(request.width, request.height)
         guidance = request.settings()
-        result = []
+        path, result = self.flow.flow_path(), []
         for size, steps in zip(sizes, steps_per_level(request.steps, len(sizes)), strict=True):
             times = SolverSettings(name=request.solver, steps=steps).times()
             each = SHIFTED_EVALUATIONS if self.flow.is_shifted(size.level) and self.patch > 1 else 1
-            path = self.flow.flow_path()
             moments = (path.at_straight_time(time)[0] for time in times)
             costs = [each * (1 + (guidance.at(moment, size.level) != 1)) for moment in moments]
             if request.solver == "heun":  # two evaluations a step, one at the last
@@ -160,10 +159,9 @@ class Planner:
 
     def picture_bytes(self, width: int, height: int) -> int:
         """Memory that one picture takes in a batch, without what the batch shares; see the formula above."""
-        first, *finer = self.sizes(width, height)
-        largest = self._tokens(first) * (32 * self.channels * self.base_patch**2 + 48 * self.base_hidden_size)
+        base_token = 32 * self.channels * self.base_patch**2 + 48 * self.base_hidden_size
         token = 32 * self.channels * self.patch**2 + 48 * self.hidden_size
-        return max([largest, *(self._tokens(size) * token for size in finer)])
+        return max(self._tokens(size) * (token if size.level else base_token) for size in self.sizes(width, height))
 
     def picture_tokens(self, width: int, height: int) -> int:
         """Tokens of a picture's largest level: the finest, if level 0 has not smaller patches."""

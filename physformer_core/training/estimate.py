@@ -65,8 +65,8 @@ def estimate_run(config: RunConfig, shards: ShardSet) -> RunEstimate:
         model = PhysFormerTransformer2DModel(**model_arguments(config, shards))
         if train.lora_rank:
             put_adapter(model, train)
-    if not train.lora_rank:
-        freeze(model, train)
+        else:
+            freeze(model, train)
     stream = BatchStream(
         shards,
         seed=train.seed,

@@ -189,7 +189,7 @@ class Trainer:
             on_spoilt=self._give_up,
         )
         self.step = 0
-        self._saved = 0  # the step that is safe: the last that was saved, or resumed from
+        self._saved = 0  # the last step that this run has a checkpoint of
         self.later: Path | None = None  # where `resume` has put checkpoints of later steps
         self._stop = False
         self._stopped = False
@@ -264,7 +264,9 @@ class Trainer:
         state.restore(self.model, self.optimizer, self.ema, self.ranks)
         if scale := metadata.get("loss_scale"):
             self.gradients.restore_scale(scale)
-        self.step = self._saved = step
+        self.step = step
+        if found.resolve().parent == self.checkpoint_dir.resolve():  # else this run has none yet, and must have one
+            self._saved = step
         self.updates.skipped = int(metadata["skipped"])
         with self.ranks.together():
             if self.ranks.is_main:

@@ -315,6 +315,19 @@ def test_half_precision_draws_nearly_the_same(pipeline: PhysFormerPipeline, tmp_
     assert difference.mean() < 0.02
 
 
+def test_one_step_along_any_path_lands_on_what_is_predicted(pipeline: PhysFormerPipeline) -> None:
+    """All paths begin with the same field at the same time, so they are drawn alike."""
+
+    def drawn(path: str) -> np.ndarray:
+        other = PhysFormerPipeline(pipeline.transformer, text_encoder_name="words", flow={"path": path})
+        other._text_encoder = WordEncoder()
+        return draw(other, num_inference_steps=[1])
+
+    straight = drawn("linear")
+    for path in ("cosine", "quadratic", "vp"):
+        np.testing.assert_allclose(drawn(path), straight, atol=2e-3)
+
+
 def test_velocity_prediction_and_other_paths_run(pipeline: PhysFormerPipeline) -> None:
     for flow in ({"prediction": "velocity"}, {"path": "vp"}, {"path": "quadratic"}):
         other = PhysFormerPipeline(pipeline.transformer, text_encoder_name="words", flow=flow)

@@ -128,6 +128,11 @@ def test_stopped_and_resumed_equals_straight(scene_set, tmp_path, final, stop):
     written = (saved / "state.json").stat().st_ino
     assert not second.run()
     assert (saved / "state.json").stat().st_ino == written, "what is safe is not written again"
+    # In a folder of its own it is: the run goes on from there.
+    elsewhere = make(scene_set, tmp_path / "elsewhere")
+    elsewhere.resume(saved)
+    elsewhere.request_stop()
+    assert not elsewhere.run() and names(elsewhere) == [saved.name]
     second._stop = False
     assert second.run()
     assert same_state(second.checkpoint_dir / "step-00000008", final)
