@@ -27,6 +27,22 @@ WorkersOption = Annotated[
     int | None,
     typer.Option(min=1, help="Processes. They do not change the result.", show_default="one per processor"),
 ]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        "-p",
+        help="What is to be trained, or its file: whole pictures have its sizes.",
+        show_default="nano",
+    ),
+]
+BucketsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="WIDTHxHEIGHT,... of level-0 pictures, in elements of the field.",
+        show_default="the preset's: 32x32 and six with that shorter side, up to 72x32",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -198,22 +214,8 @@ def preprocess(
         typer.Option(help="How often each level, for example 3,2,1.", show_default="coarser more often"),
     ] = None,
     crop_size: Annotated[int, typer.Option(help="Side of a stored crop in elements of the field.")] = 96,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            "--preset",
-            "-p",
-            help="What is to be trained, or its file: whole pictures have its sizes.",
-            show_default="nano",
-        ),
-    ] = None,
-    buckets: Annotated[
-        str | None,
-        typer.Option(
-            help="WIDTHxHEIGHT,... of level-0 pictures, in elements of the field.",
-            show_default="the preset's: 32x32 and six with that shorter side, up to 72x32",
-        ),
-    ] = None,
+    preset: PresetOption = None,
+    buckets: BucketsOption = None,
     base_views: Annotated[int, typer.Option(help="Whole pictures per example; from 2 on slightly zoomed ones.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="Captions with more tokens are left out.")] = 32,
     encoder: Annotated[str, typer.Option(help="Text encoder: minilm, a hub name, a folder; a+b for two.")] = "minilm",
@@ -246,15 +248,12 @@ def preprocess(
 
       physformer data preprocess data/photos -o data/latents --codec madebyollin/taesd --levels 1 --device cuda
     """
-    from physformer_core.config import load_preset
     from physformer_core.data.preprocess import PreprocessConfig
     from physformer_core.data.preprocess import preprocess as run_preprocessing
-    from physformer_core.errors import ConfigError
     from physformer_core.project import recorded_run
 
     chosen = tuple(_numbers("--levels", levels, int))
-    if preset is not None and buckets is not None:
-        raise ConfigError("--preset has no effect beside --buckets", hint="both say which sizes whole pictures have")
+    sizes = _sizes_of_whole_pictures(preset, buckets)
     with recorded_run("data preprocess", record=not no_record, notify=console.say) as run:
         workers = _workers(workers, run.settings)
         config = PreprocessConfig(
@@ -268,7 +267,7 @@ def preprocess(
             codec=codec,
             validation_fraction=validation_fraction,
             seed=seed,
-            buckets=load_preset(preset or "nano").pyramid().training_sizes() if buckets is None else _buckets(buckets),
+            buckets=sizes,
         )
         run.seeds = [seed]
         run.config = {**vars(config), "raw": raw, "output": output, "workers": workers, "overwrite": overwrite}
@@ -377,6 +376,8 @@ def inspect(
         typer.Option("--output", "-o", help="Folder of the page and the contact sheet.", show_default="RAW-inspection"),
     ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures on the contact sheet.")] = 64,
+    preset: PresetOption = None,
+    buckets: BucketsOption = None,
     workers: WorkersOption = None,
     as_json: console.JsonOption = False,
     no_record: console.NoRecordOption = False,
@@ -395,16 +396,17 @@ def inspect(
     from physformer_core.data import contact_sheet, inspection
     from physformer_core.project import recorded_run
 
+    sizes = _sizes_of_whole_pictures(preset, buckets)
     with recorded_run("data inspect", record=not no_record, notify=console.say) as run:
         workers = _workers(workers, run.settings)
         target = output if output is not None else folder.with_name(f"{folder.absolute().name}-inspection")
-        run.config = {"set": folder, "output": target, "count": count, "workers": workers}
+        run.config = {"set": folder, "output": target, "count": count, "buckets": sizes, "workers": workers}
         run.data_sha256 = _manifest_sha256(folder)
         run.replay_with("--output", "-o", output=target, folder=True)
         with console.progress() as add:
             show = _progress_of(add, {"": ("inspecting", "pictures")})
             found = inspection.inspect_raw_set(
-                folder, workers=workers, progress=lambda done, total: show("", done, total)
+                folder, buckets=sizes, workers=workers, progress=lambda done, total: show("", done, total)
             )
         sheet = contact_sheet.draw_sheet(contact_sheet.exhibits(folder, count), columns=8)
         contact_sheet.write_sheet(sheet, target / "sheet.png")
@@ -527,6 +529,18 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any], *, hint: str | 
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(f"{option} takes numbers with commas between them, not {text!r}", hint=hint) from None
+
+
+def _sizes_of_whole_pictures(preset: str | None, buckets: str | None) -> tuple[tuple[int, int], ...]:
+    """(height, width) of the whole pictures that are asked for, those of the preset nano if nothing is."""
+    from physformer_core.config import load_preset
+    from physformer_core.errors import ConfigError
+
+    if buckets is None:
+        return load_preset(preset or "nano").pyramid().training_sizes()
+    if preset is not None:
+        raise ConfigError("--preset has no effect beside --buckets", hint="both say which sizes whole pictures have")
+    return _buckets(buckets)
 
 
 _BUCKETS_HINT = "for example --buckets 64x64,96x48"

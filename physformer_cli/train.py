@@ -489,9 +489,15 @@ def _dtype_option(dtype: str | None, *, fp16: bool, bf16: bool) -> str | None:
 def _resolve_config(name: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> RunConfig:
     """The preset or file, with the project file's keys over it, and the options over those."""
     from physformer_core.config import load_preset
+    from physformer_core.errors import ConfigError
 
     values = {key: value if value is not None else settings.get(key) for key, value in options.items()}
-    return load_preset(name).override("training", **values)
+    config = load_preset(name).override("training", **values)
+    if options["muon_lr"] is not None and config.training.optimizer == "adamw":
+        raise ConfigError(
+            "--muon-lr has no effect with AdamW", hint="--lr is its learning rate; --optimizer muon takes both"
+        )
+    return config
 
 
 def _resolve_epochs(config: RunConfig, data: Path, epochs: float | None) -> RunConfig:

@@ -26,10 +26,11 @@ from physformer_core.benchmark.networks import evaluate_peer, peer_network
 from physformer_core.benchmark.report import FORMAT, peak_facts
 from physformer_core.benchmark.shared_memory import SharedMemory, held_bytes
 from physformer_core.config import RunConfig
-from physformer_core.data.loader import Batch, BatchStream
+from physformer_core.data.loader import Batch
 from physformer_core.errors import ConfigError
 from physformer_core.hardware import DTYPES
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
+from physformer_core.training.batches import run_batches
 from physformer_core.training.initial import model_arguments
 from physformer_core.training.trainer import StepReport, Trainer
 from physformer_core.training.watching import WorkMeter, batch_shape
@@ -197,13 +198,7 @@ class _Turns:
     ) -> None:
         self._trainer, self._steps, self._warmup, self._on_step = trainer, steps, warmup, on_step
         train = trainer.config.training
-        self._stream = BatchStream(
-            trainer.shards,
-            seed=train.seed,
-            batch_size=train.batch_size,
-            crop_fraction=train.crop_fraction,
-            crop_size=train.crop_size,
-        )
+        self._stream = run_batches(trainer.shards, train)
         arguments = dict(trainer.model.config) | model_arguments(trainer.config, trainer.shards)
         self._parameters = sum(p.numel() for p in trainer.model.parameters())
         self._peer_layers = peer_layers(arguments, self._parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import html
 import itertools
@@ -83,7 +84,11 @@ class Inspection:
 
 
 def inspect_raw_set(
-    folder: str | Path, *, workers: int = 1, progress: Callable[[int, int | None], None] | None = None
+    folder: str | Path,
+    *,
+    buckets: Sequence[tuple[int, int]] = PreprocessConfig.buckets,
+    workers: int = 1,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> Inspection:
     """Reads a whole raw set once.
 
@@ -91,6 +96,7 @@ def inspect_raw_set(
 
     Args:
         folder: The set.
+        buckets: (height, width) of the whole pictures that preprocessing would cut; each example goes to the nearest.
         workers: Processes, each of which takes files.
         progress: Called with (examples done, examples in all).
 
@@ -108,7 +114,7 @@ def inspect_raw_set(
     found: dict[str, _FileFindings] = {}
     ticked(0)
     run_stream(
-        _inspect_file,
+        functools.partial(_inspect_file, tuple(buckets)),
         [(folder / entry["name"]) for entry in manifest["files"]],
         workers,
         finished=lambda findings: found.update({findings.name: findings}),
@@ -135,7 +141,7 @@ class _FileFindings:
     classes: Counter[int]
 
 
-def _inspect_file(path: Path, tick: Callable[[int], None]) -> _FileFindings:
+def _inspect_file(among: tuple[tuple[int, int], ...], path: Path, tick: Callable[[int], None]) -> _FileFindings:
     keys: list[str] = []
     hashes: list[int] = []
     hashed: list[int] = []
@@ -148,7 +154,7 @@ def _inspect_file(path: Path, tick: Callable[[int], None]) -> _FileFindings:
     for row in _rows(path):
         size = row["height"], row["width"]
         sides.append(min(size))
-        bucket = nearest_bucket(*size, PreprocessConfig.buckets)
+        bucket = nearest_bucket(*size, among)
         name = f"{bucket[1]}x{bucket[0]}"
         count, cut = buckets.get(name, (0, 0.0))
         buckets[name] = count + 1, cut + 1 - kept_area(*size, bucket)

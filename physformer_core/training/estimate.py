@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from physformer_core.config import RunConfig, TrainConfig
-from physformer_core.data.loader import Batch, BatchStream, ShardSet
+from physformer_core.data.loader import Batch, ShardSet
 from physformer_core.errors import ConfigError
 from physformer_core.model.transformer import PhysFormerTransformer2DModel
 from physformer_core.training.adapter import put_adapter, trainable_parameters
+from physformer_core.training.batches import run_batches
 from physformer_core.training.initial import freeze, model_arguments
 from physformer_core.training.level_zero import check_level_zero
 from physformer_core.training.optimizer import split_parameters
@@ -67,13 +68,7 @@ def estimate_run(config: RunConfig, shards: ShardSet) -> RunEstimate:
             put_adapter(model, train)
         else:
             freeze(model, train)
-    stream = BatchStream(
-        shards,
-        seed=train.seed,
-        batch_size=train.batch_size,
-        crop_fraction=train.crop_fraction,
-        crop_size=train.crop_size,
-    )
+    stream = run_batches(shards, train)
     batches = [stream.batch(step) for step in range(min(train.steps, _SAMPLED_STEPS))]
     forward_backward = sum(batch_flops(model, batch) for batch in batches) // len(batches)
     parameters, trainable = sum(p.numel() for p in model.parameters()), trainable_parameters(model)
@@ -110,13 +105,7 @@ def steps_of_epochs(config: RunConfig, shards: ShardSet, epochs: float) -> int:
     if not 0 < epochs < math.inf:
         raise ConfigError(f"epochs must be above 0, not {epochs}")
     train = config.training
-    stream = BatchStream(
-        shards,
-        seed=train.seed,
-        batch_size=train.batch_size,
-        crop_fraction=train.crop_fraction,
-        crop_size=train.crop_size,
-    )
+    stream = run_batches(shards, train)
     kind, share = ("base", 1 - train.crop_fraction) if train.crop_fraction < 1 else ("crop", 1.0)
     return max(1, round(epochs * stream.steps_per_epoch(kind) / share))
 

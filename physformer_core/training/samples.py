@@ -16,10 +16,11 @@ from PIL import Image
 
 from physformer_core.config import TrainConfig
 from physformer_core.data.contact_sheet import Exhibit, draw_sheet, write_sheet
-from physformer_core.data.loader import BatchStream, ShardSet
+from physformer_core.data.loader import ShardSet
 from physformer_core.errors import ConfigError, PromptError
 from physformer_core.pipeline import PhysFormerPipeline
 from physformer_core.text import PromptEmbeddings, TextEncoder, load_text_encoder, shortened
+from physformer_core.training.batches import run_batches
 from physformer_core.training.ema import WeightAverage
 
 _COLUMNS = 4
@@ -147,14 +148,7 @@ def _enlarged(image: Image.Image, side: int) -> Image.Image:
 
 def _first_batch(shards: ShardSet, train: TrainConfig) -> list[int]:
     """The caption rows of the batch that is repeated: what should be drawn when it is known by heart."""
-    stream = BatchStream(
-        shards,
-        seed=train.seed,
-        batch_size=train.batch_size,
-        crop_fraction=train.crop_fraction,
-        crop_size=train.crop_size,
-    )
-    return [int(row) for row in stream.batch(0).caption_rows[: train.sample_count]]
+    return [int(row) for row in run_batches(shards, train).batch(0).caption_rows[: train.sample_count]]
 
 
 def _held_out(shards: ShardSet, count: int) -> list[int]:

@@ -26,6 +26,7 @@ from physformer_core.model.fused import ops as fused
 from physformer_core.pipeline import PhysFormerPipeline
 from physformer_core.run_folder import CHECKPOINTS, step_folder
 from physformer_core.training.adapter import check_resumed_adapter
+from physformer_core.training.batches import run_batches
 from physformer_core.training.checkpoint import (
     TrainingState,
     gathered,
@@ -341,12 +342,9 @@ class Trainer:
             torch._dynamo.config.recompile_limit = 64
             # On CUDA a few graphs of any size: they are as fast there. On CPUs those of one size are faster.
             self.model.compile_repeated_blocks(dynamic=None if self.device.type == "cuda" else False)
-        stream = BatchStream(
+        stream = run_batches(
             self.shards,
-            seed=train.seed,
-            batch_size=train.batch_size,
-            crop_fraction=train.crop_fraction,
-            crop_size=train.crop_size,
+            train,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             device=self.device if self.resident else None,
@@ -466,12 +464,10 @@ class Trainer:
             for kind, fraction in (("base", 0.0), ("crop", 1.0)):
                 if not self.shards.count(kind, "validation"):
                     continue
-                stream = BatchStream(
+                stream = run_batches(
                     self.shards,
-                    seed=train.seed,
-                    batch_size=train.batch_size,
+                    train,
                     crop_fraction=fraction,
-                    crop_size=train.crop_size,
                     split="validation",
                     rank=self.ranks.rank,
                     world_size=self.ranks.world_size,

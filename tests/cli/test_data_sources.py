@@ -49,7 +49,10 @@ def test_fetch_inspect_preprocess(physformer, photos, tmp_path):
     assert code == 0 and "examples" in out and "bucket 40x32" in out, err
     assert Image.open(tmp_path / "raw-inspection" / "sheet.png").width == 8 * 170 + 10
     assert "not a picture" in (tmp_path / "raw-inspection" / "index.html").read_text()
-    code, out, _ = physformer("data", "inspect", "raw", "--workers", 1, "-o", "report", "--json")
+    other = ("--buckets", "64x64", "-o", "report", "--json")
+    code, out, _ = physformer("data", "inspect", "raw", "--workers", 1, *other)
+    assert code == 0 and json.loads(out)["buckets"][0][:2] == ["64x64", 20]
+    code, out, _ = physformer("data", "inspect", "raw", "--workers", 1, *other[2:])
     assert code == 0 and json.loads(out)["count"] == 20 and (tmp_path / "report" / "index.html").exists()
     assert Project.load("physformer.toml").runs[-1].data_sha256 == sha256_file("raw/manifest.json")
 

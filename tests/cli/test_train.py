@@ -159,6 +159,7 @@ def test_init_from(train, tmp_path, capfd):
         (["--dtype", "float8"], "unknown dtype 'float8'"),
         (["--steps", "0"], "steps must be at least 1, not 0"),
         (["--lr", "-1"], "lr must be above 0, not -1"),
+        (["--optimizer", "adamw", "--muon-lr", "0.01"], "--muon-lr has no effect with AdamW"),
         (["--optimizer", "sgd"], "unknown optimizer 'sgd'"),
         (["--config", "my.toml"], "--preset and --config are both given"),
         (["--resume", "run/x", "--init-from", "y"], "--init-from has no effect"),

@@ -36,6 +36,8 @@ def test_inspection(
     assert found.classes == {"1": 1} and found.words[0] == 2
     assert {name: count for name, count, _ in found.buckets} == {"40x32": 6, "32x32": 1, "72x32": 1}
     assert found.sides[0] == 64 and 0 < found.cut_area < 0.2
+    square = inspect_raw_set(raw, buckets=((48, 48),), workers=2)
+    assert [(name, count) for name, count, _ in square.buckets] == [("48x48", 8)] and square.cut_area > found.cut_area
     write_page(found, tmp_path / "index.html", sheet="sheet.png")
     page = (tmp_path / "index.html").read_text()
     assert "bitmap-3, twin" in page and "<caption>" not in page and 'src="sheet.png"' in page
