@@ -21,7 +21,9 @@ app = typer.Typer(
 SIZES = "512x512,720p,1080p,4k"
 PICTURES = "512x512,720p"
 
-PresetOption = Annotated[str, typer.Option(help="Whose sizes are taken, with random weights.")]
+PresetOption = Annotated[
+    str | None, typer.Option(help="Whose sizes are taken, with random weights.", show_default="nano")
+]
 CheckpointOption = Annotated[
     Path | None, typer.Option(help="Measure this checkpoint, quantized ones too, instead of a preset.")
 ]
@@ -60,8 +62,10 @@ def register(parent: typer.Typer) -> None:
 
 @app.command("attention")
 def attention(
-    preset: PresetOption = "nano",
-    checkpoint: CheckpointOption = None,
+    preset: PresetOption = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Take this checkpoint's sizes instead of a preset's, with random weights.")
+    ] = None,
     res: ResOption = None,
     tokens: TokensOption = None,
     peers: Annotated[
@@ -90,11 +94,12 @@ def attention(
     from physformer_core.benchmark.campaign import Campaign
     from physformer_core.benchmark.cases import ATTENTION_PEERS
 
+    network = _network(preset, checkpoint)
     campaign = Campaign(
         what="attention",
-        sizes=_sizes(res, tokens, preset, checkpoint),
+        sizes=_sizes(res, tokens, network, checkpoint),
         peers=_names(peers, ATTENTION_PEERS),
-        preset=preset,
+        preset=network,
         checkpoint=checkpoint,
         backend=backend,
         batches=_numbers("--batch", batch),
@@ -111,7 +116,7 @@ def attention(
 
 @app.command("model")
 def model(
-    preset: PresetOption = "nano",
+    preset: PresetOption = None,
     checkpoint: CheckpointOption = None,
     res: ResOption = None,
     tokens: TokensOption = None,
@@ -163,11 +168,14 @@ def model(
 
     if memory is not None and not find_batch_size:
         raise ConfigError("--memory has no effect without --find-batch-size", hint="add --find-batch-size")
+    if memory is not None and not 0 < memory < float("inf"):
+        raise ConfigError(f"--memory must be above 0, not {memory:g}", hint="--memory 8, in GB")
+    network = _network(preset, checkpoint)
     campaign = Campaign(
         what="model",
-        sizes=_sizes(res, tokens, preset, checkpoint),
+        sizes=_sizes(res, tokens, network, checkpoint),
         peers=_names(peers, MODEL_PEERS),
-        preset=preset,
+        preset=network,
         checkpoint=checkpoint,
         backend=backend,
         batches=_numbers("--batch", batch),
@@ -178,7 +186,15 @@ def model(
     )
     if find_batch_size:
         # What has nothing to compare or to draw must not look as if it did.
-        for option, given in (("--peers", peers), ("--plot", plot), ("--baseline", baseline)):
+        for option, given in (
+            ("--peers", peers),
+            ("--plot", plot),
+            ("--baseline", baseline),
+            ("--batch", batch != "1"),
+            ("--repeats", repeats != 3),
+            ("--dense-limit", dense_limit != 33_000),
+            ("a second --dtype", len(campaign.dtypes) > 1),
+        ):
             if given:
                 raise ConfigError(f"{option} has no effect with --find-batch-size", hint=f"leave {option} out")
     with bench_show.session(
@@ -201,7 +217,7 @@ def model(
 
 @app.command("generate")
 def generate(
-    preset: PresetOption = "nano",
+    preset: PresetOption = None,
     checkpoint: CheckpointOption = None,
     res: Annotated[str, typer.Option(help="Picture sizes, separated by commas.")] = PICTURES,
     batch: BatchOption = "1",
@@ -225,10 +241,11 @@ def generate(
     """
     from physformer_core.benchmark.campaign import Campaign, sizes_from
 
+    network = _network(preset, checkpoint)
     campaign = Campaign(
         what="generate",
         sizes=sizes_from(res=_split(res)),
-        preset=preset,
+        preset=network,
         checkpoint=checkpoint,
         backend=backend,
         batches=_numbers("--batch", batch),
@@ -300,7 +317,7 @@ def train(
 
 @app.command("all")
 def everything(
-    preset: PresetOption = "nano",
+    preset: Annotated[str, typer.Option(help="Whose sizes are taken, with random weights.")] = "nano",
     res: Annotated[str, typer.Option(help="Sizes for attention, model and generate.")] = PICTURES,
     peers: Annotated[bool, typer.Option("--peers", help="Measure every peer that runs here as well.")] = False,
     data_dir: Annotated[
@@ -395,6 +412,15 @@ def _sizes(
     if tokens is not None:
         return sizes_from(res=() if res is None else _split(res), tokens=_numbers("--tokens", tokens))
     return sizes_from(res=_split(res or SIZES), patch=1 if pixels else patch_size(preset, checkpoint))
+
+
+def _network(preset: str | None, checkpoint: Path | None) -> str:
+    """The preset that is asked for."""
+    from physformer_core.errors import ConfigError
+
+    if preset is not None and checkpoint is not None:
+        raise ConfigError("--preset has no effect beside --checkpoint", hint="leave one of them out")
+    return preset or "nano"
 
 
 def _split(text: str) -> tuple[str, ...]:

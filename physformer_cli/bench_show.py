@@ -15,6 +15,7 @@ from physformer_cli import console
 if TYPE_CHECKING:
     from physformer_core.benchmark.campaign import Campaign
     from physformer_core.benchmark.measure import BatchLimit
+    from physformer_core.benchmark.report import Change
     from physformer_core.project import RunRecorder
 
 
@@ -30,14 +31,21 @@ class Session:
         """Prints the report, draws the plot, compares with the baseline.
 
         Raises:
+            DataError: The baseline has nothing in common with the report.
             typer.Exit: With 3 if something regressed.
         """
+        from physformer_core.errors import DataError
+
         self._run.device = report["machine"]["device"]
-        changes = None
+        changes: list[Change] = []
+        wrong = None
         if self._baseline is not None:
             from physformer_core.benchmark.report import compare
 
-            changes = compare(report, self._baseline)
+            try:
+                changes = compare(report, self._baseline)
+            except DataError as error:
+                wrong = error  # once what was measured is told
             report["changes"] = [dataclasses.asdict(change) for change in changes]
         if as_json:
             console.print_json(report)
@@ -45,7 +53,9 @@ class Session:
             show_report(report)
         if self._plot is not None:
             console.say(f"wrote {_draw(report, self._plot)}")
-        if changes is None or self._limit is None:
+        if wrong is not None:
+            raise wrong
+        if self._limit is None:
             return
         bad = [change for change in changes if change.ratio > 1 + self._limit]
         for change in bad:
@@ -73,8 +83,8 @@ def session(
     no_record: bool,
 ) -> Iterator[Session]:
     """Checks what can be checked beforehand, and records the run."""
-    from physformer_core.benchmark.report import read_report
-    from physformer_core.errors import ConfigError, OutputError
+    from physformer_core.benchmark.report import read_report, why_not_compared
+    from physformer_core.errors import ConfigError, DataError, OutputError
     from physformer_core.project import recorded_run
 
     if (baseline is None) != (limit is None):
@@ -85,9 +95,18 @@ def session(
         raise OutputError(f"a plot is a PNG file, not {plot.name!r}", hint=f"--plot {plot.with_suffix('.png')}")
     earlier = None if baseline is None else read_report(baseline)
     most = None if limit is None else parse_share(limit)
+    checkpoint, sizes = (None, ()) if isinstance(config, Mapping) else (config.checkpoint, config.sizes)
+    if earlier is not None and (reason := why_not_compared(earlier, command.removeprefix("bench "), sizes)):
+        raise DataError(
+            f"nothing can be compared with {baseline}: {reason}", hint="give the options that it was made with"
+        )
     with recorded_run(command, record=not no_record, notify=console.say) as run:
         run.config = dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config)
         run.seeds = [0]
+        if checkpoint is not None:
+            from physformer_core.checkpoints import find_checkpoint
+
+            run.checkpoint_sha256 = find_checkpoint(checkpoint).sha256
         yield Session(run, plot, earlier, most)
 
 
@@ -95,7 +114,7 @@ def parse_share(text: str) -> float:
     """A share from ``10%`` or ``0.1``.
 
     Raises:
-        ConfigError: It is neither, or below 0.
+        ConfigError: It is neither, or below 0; or from 1 on without a sign of what it is a share of.
     """
     from physformer_core.errors import ConfigError
 
@@ -106,6 +125,8 @@ def parse_share(text: str) -> float:
         share = -1.0
     if not 0 <= share < float("inf"):
         raise ConfigError(f"--max-regression '{text}' is not a share", hint="for example 10% or 0.1")
+    if share >= 1 and not text.strip().endswith("%"):
+        raise ConfigError(f"--max-regression {text} is {100 * share:g} %", hint=f"{text}%, or {100 * share:g}% if so")
     return share
 
 
@@ -135,10 +156,14 @@ def show_report(report: Mapping[str, Any]) -> None:
             for cost in ("time", "memory")
         )
         typer.echo(f"{fit['contender']}, batch {fit['batch']}, {fit['dtype']}: {grown}")
+    several = {key: len({ratio[key] for ratio in report["ratios"]}) > 1 for key in ("batch", "dtype")}
     for ratio in report["ratios"]:
+        of = (f", batch {ratio['batch']}" if several["batch"] else "") + (
+            f", {ratio['dtype']}" if several["dtype"] else ""
+        )
         memory = "" if ratio["memory"] is None else f", {ratio['memory']:.2g}x the memory"
         note = " (time extrapolated)" if ratio["extrapolated"] else ""
-        typer.echo(f"{ratio['tokens']:,} {unit}: {ratio['peer']} takes {ratio['time']:.3g}x our time{memory}{note}")
+        typer.echo(f"{ratio['tokens']:,} {unit}{of}: {ratio['peer']} takes {ratio['time']:.3g}x our time{memory}{note}")
     for name, reason in report["not_run"].items():
         typer.echo(f"{name}: not run: {reason}")
 
@@ -147,7 +172,8 @@ def show_batch(campaign: Campaign, found: BatchLimit, *, as_json: bool) -> None:
     """Prints the largest batch that fits."""
     height, width = campaign.sizes[0]
     if as_json:
-        console.print_json({"height": height, "width": width, "preset": campaign.preset} | dataclasses.asdict(found))
+        weights = {"checkpoint": str(campaign.checkpoint)} if campaign.checkpoint else {"preset": campaign.preset}
+        console.print_json({"height": height, "width": width} | weights | dataclasses.asdict(found))
         return
     typer.echo(
         f"{width}x{height} tokens: a batch of {found.batch} fits, needing "

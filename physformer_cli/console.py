@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,11 +67,20 @@ def error(message: str, hint: str | None = None) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Prints JSON on standard output; characters that the output's encoding lacks are escaped."""
+    """Prints JSON on standard output; characters that the output's encoding lacks are escaped, and numbers that JSON
+    has not are null."""
     if _muted:
         return
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not utf8) + "\n")
+    sys.stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=not utf8, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def print_table(

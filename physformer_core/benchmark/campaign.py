@@ -15,6 +15,7 @@ from physformer_core.benchmark.measure import BatchLimit, Measurement, find_batc
 from physformer_core.benchmark.report import build_report
 from physformer_core.errors import ConfigError
 from physformer_core.hardware import DTYPES, resolve_device, resolve_dtype
+from physformer_core.model.attention import check_backend
 from physformer_core.resolution import resolve_size
 
 QUADRATIC_LIMIT = 33_000
@@ -56,6 +57,9 @@ class Campaign:
             raise ConfigError("there is no size to measure", hint="e.g. --res 512x512,720p")
         if min(self.batches, default=0) < 1:
             raise ConfigError(f"batches must be at least 1, not {self.batches}", hint="e.g. --batch 1,4")
+        if not self.dtypes:
+            raise ConfigError("there is no dtype to measure", hint="e.g. --dtype fp32,bf16")
+        check_backend(self.backend)
         if self.repeats < 1:
             raise ConfigError(f"repeats must be at least 1, not {self.repeats}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class Measurement:
     Args:
         case: What was measured.
         status: ``measured``; ``extrapolated`` (from the contender's own fit over smaller sizes: time only);
-            ``out of memory``.
+            ``out of memory``; ``not run``.
         samples: Seconds of every timed run, in order.
         seconds: Their median.
         spread: Slowest less fastest.
@@ -137,7 +137,7 @@ def measure_sizes(
         template: A case whose size and contender are replaced.
         repeats, peak, slow_seconds, on_run: See `measure_together`.
         quadratic_limit: Tokens above which contenders of quadratic time are not run but extrapolated from their fit
-            over the sizes below, if there are two or more.
+            over the sizes below; if there are fewer than two, they are not run.
     """
     done: list[Measurement] = []
     for height, width in sizes:
@@ -150,19 +150,20 @@ def measure_sizes(
         for name in contenders:
             if name in QUADRATIC and height * width > quadratic_limit:
                 case = dataclasses.replace(template, contender=name, height=height, width=width)
-                done += extrapolated(case, done)
+                done.append(extrapolated(case, done))
     return done
 
 
-def extrapolated(case: Case, done: Sequence[Measurement]) -> Iterator[Measurement]:
-    """The time of a quadratic case by its contender's measured sizes; nothing if there are fewer than two."""
+def extrapolated(case: Case, done: Sequence[Measurement]) -> Measurement:
+    """The time of a quadratic case by its contender's measured sizes; not run if there are fewer than two."""
     own = [one for one in done if group_of(one.case) == group_of(case) and one.status == "measured" and one.seconds]
     if len({one.case.tokens for one in own}) < 2:
-        return
+        note = "above --dense-limit, and fewer than two smaller sizes to extrapolate from"
+        return Measurement(case=case, status="not run", note=note)
     law = fit_quadratic_law([one.case.tokens for one in own], [one.seconds or 0.0 for one in own])
     sizes = sorted({one.case.tokens for one in own})
     met = f"which it meets to {100 * law.residual:.0f} %" if len(sizes) > 2 else "two sizes, so nothing checks it"
-    yield Measurement(
+    return Measurement(
         case=case,
         status="extrapolated",
         seconds=law.at(case.tokens),

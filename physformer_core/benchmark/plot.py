@@ -1,9 +1,9 @@
-"""Time and memory over tokens on logarithmic axes, every contender a line."""
+"""Time and memory over tokens on logarithmic axes, every contender a line, of each batch and dtype."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -12,6 +12,7 @@ from physformer_core.errors import DataError
 
 _Colour = tuple[int, int, int]
 _Point = tuple[float, float]
+_Line = tuple[str, str, float]
 
 _COLOURS: dict[str, _Colour] = {
     "physformer": (31, 92, 173),
@@ -22,6 +23,7 @@ _COLOURS: dict[str, _Colour] = {
     "flex": (208, 148, 20),
 }
 _INK, _GRID, _PAPER = (40, 40, 40), (228, 228, 228), (255, 255, 255)
+_ROW = 18  # pixels of a row of the legend
 _SCALE = 2  # drawn larger and reduced, for smooth lines
 
 
@@ -46,24 +48,33 @@ def draw_report(report: Mapping[str, Any], *, width: int = 1200, height: int = 5
     unit = "pixels" if report["what"] == "generate" else "tokens"
     half = width / 2
     for index, (name, key, label) in enumerate((("time", "seconds", _time), ("peak memory", "peak_bytes", _memory))):
-        lines: dict[str, list[tuple[_Point, bool]]] = {}
+        lines: dict[_Line, list[tuple[_Point, bool]]] = {}
         for case in cases:
             if case[key]:
                 point = (float(case["tokens"] * case["batch"]), float(case[key]))
-                lines.setdefault(case["contender"], []).append((point, case["status"] == "extrapolated"))
+                lines.setdefault(_line(case, cases), []).append((point, case["status"] == "extrapolated"))
         if lines:
-            box = (index * half + 84, 84.0, (index + 1) * half - 24, height - 56.0)
+            left, right = index * half + 84, (index + 1) * half - 24
+            box = (left, 66.0 + _ROW * len(_legend(lines, right - left)), right, height - 56.0)
             _Panel(draw, box, [point for line in lines.values() for point, _ in line]).draw(name, unit, label, lines)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _line(case: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> _Line:
+    """Contender, what besides tells its line from others of it, and how pale it is drawn."""
+    kinds = list(dict.fromkeys((one["batch"], one["dtype"]) for one in cases))
+    batches, dtypes = (len({kind[axis] for kind in kinds}) > 1 for axis in (0, 1))
+    told = ([f"batch {case['batch']}"] if batches else []) + ([case["dtype"]] if dtypes else [])
+    return case["contender"], ", ".join(told), kinds.index((case["batch"], case["dtype"])) / max(2, len(kinds))
 
 
 class _Panel:
     def __init__(self, draw: ImageDraw.ImageDraw, box: tuple[float, float, float, float], points: Sequence[_Point]):
         self._draw, self._box = draw, box
-        self._font = ImageFont.load_default(13 * _SCALE)
+        self._font = _font()
         self._x, self._y = (_span([point[axis] for point in points]) for axis in (0, 1))
 
-    def draw(self, name: str, unit: str, label: Any, lines: Mapping[str, Sequence[tuple[_Point, bool]]]) -> None:
+    def draw(self, name: str, unit: str, label: Any, lines: Mapping[_Line, Sequence[tuple[_Point, bool]]]) -> None:
         left, top, right, bottom = self._box
         for value in _ticks(*self._x):
             x, _ = self._place((value, 10 ** self._y[0]))
@@ -76,18 +87,21 @@ class _Panel:
         self._segment((left, bottom), (right, bottom), _INK)
         self._segment((left, top), (left, bottom), _INK)
         self._text(((left + right) / 2, bottom + 28), unit, "ma")
-        x = left
-        for contender, line in lines.items():
-            colour = _COLOURS.get(contender, _INK)
+        for key, line in lines.items():
+            colour = _colour(key)
             places = [self._place(point) for point, _ in line]
             if len(places) > 1:
                 self._draw.line([(px * _SCALE, py * _SCALE) for px, py in places], colour, 2 * _SCALE)
             for place, (_, hollow) in zip(places, line, strict=True):
                 self._dot(place, colour, hollow)
-            self._dot((x + 5, top - 18), colour, False)
-            self._text((x + 14, top - 18), contender, "lm")
-            x += 14 + self._font.getlength(contender) / _SCALE + 18
-        self._text((left, top - 36), name, "lm")
+        rows = _legend(lines, right - left)
+        for number, row in enumerate(rows):
+            x, y = left, top - 18 - _ROW * (len(rows) - 1 - number)
+            for key in row:
+                self._dot((x + 5, y), _colour(key), False)
+                self._text((x + 14, y), _name(key), "lm")
+                x += _width(key)
+        self._text((left, top - 18 - _ROW * len(rows)), name, "lm")
 
     def _place(self, point: _Point) -> _Point:
         left, top, right, bottom = self._box
@@ -105,6 +119,38 @@ class _Panel:
 
     def _text(self, where: _Point, text: str, anchor: str) -> None:
         self._draw.text((where[0] * _SCALE, where[1] * _SCALE), text, _INK, self._font, anchor)
+
+
+def _name(line: _Line) -> str:
+    return ", ".join(text for text in line[:2] if text)
+
+
+def _width(line: _Line) -> float:
+    """Of its entry in the legend, in pixels."""
+    return 32 + _font().getlength(_name(line)) / _SCALE
+
+
+def _legend(lines: Iterable[_Line], room: float) -> list[list[_Line]]:
+    """The lines' entries in rows of so many pixels."""
+    rows: list[list[_Line]] = [[]]
+    for line in lines:
+        if rows[-1] and sum(map(_width, rows[-1])) + _width(line) > room:
+            rows.append([])
+        rows[-1].append(line)
+    return rows
+
+
+def _colour(line: _Line) -> _Colour:
+    return _towards(_COLOURS.get(line[0], _INK), _PAPER, line[2])
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(13 * _SCALE)
+
+
+def _towards(colour: _Colour, other: _Colour, share: float) -> _Colour:
+    red, green, blue = (round(one + share * (two - one)) for one, two in zip(colour, other, strict=True))
+    return red, green, blue
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from typing import Any
 from physformer_core.benchmark.cases import OURS
 from physformer_core.benchmark.machine import MachinePeak, machine_facts
 from physformer_core.benchmark.measure import Measurement, fits
+from physformer_core.checkpoints import find_checkpoint
 from physformer_core.errors import DataError
 
 FORMAT = "physformer-bench/1"
@@ -36,11 +37,12 @@ def build_report(
         Plain values. Every case has the key fields of `Case`, what was measured, and ``matrix_share`` and
         ``bandwidth_share``: its counted operations and bytes per second over the machine's.
     """
+    weights = {path: find_checkpoint(path).sha256 for path in {one.case.checkpoint for one in results} if path}
     return {
         "format": FORMAT,
         "what": what,
         "machine": machine_facts(next(iter(peaks.values())).device) | peak_facts(peaks),
-        "cases": [_entry(one, peaks[one.case.dtype]) for one in results],
+        "cases": [_entry(one, peaks[one.case.dtype], weights) for one in results],
         "fits": [
             {"contender": group[0], "batch": group[1], "dtype": group[2]}
             | {cost: vars(law) for cost, law in laws.items()}
@@ -59,9 +61,11 @@ def peak_facts(peaks: Mapping[str, MachinePeak]) -> dict[str, Any]:
     }
 
 
-def _entry(one: Measurement, peak: MachinePeak) -> dict[str, Any]:
+def _entry(one: Measurement, peak: MachinePeak, weights: Mapping[Path, str]) -> dict[str, Any]:
     entry = {key: value for key, value in dataclasses.asdict(one.case).items() if key != "what"}
-    entry["checkpoint"] = None if one.case.checkpoint is None else str(one.case.checkpoint)
+    if one.case.checkpoint is not None:
+        entry |= {"preset": None, "checkpoint": str(one.case.checkpoint)}
+        entry["checkpoint_sha256"] = weights[one.case.checkpoint]
     entry["tokens"] = one.case.tokens
     entry |= {key: value for key, value in vars(one).items() if key != "case"}
     entry["samples"] = list(one.samples)
@@ -137,6 +141,26 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
+def why_not_compared(baseline: Mapping[str, Any], what: str, sizes: Sequence[tuple[int, int]] = ()) -> str | None:
+    """Why nothing of a measurement to come can be compared with a baseline, or None if it may be.
+
+    Args:
+        baseline: An earlier report.
+        what: Kind of the measurement, as in the report.
+        sizes: (height, width) that will be measured; any if there are none.
+    """
+    parts = _parts(baseline)
+    if what != "all" and what not in parts:
+        return f"it is of {', '.join(parts)}, not of {what}"
+    if what in parts and sizes and "cases" in parts[what]:
+        known = {(case["height"], case["width"]) for case in parts[what]["cases"]}
+        if not known & set(sizes):
+            return "it has none of these sizes, but " + ", ".join(
+                f"{width}x{height}" for height, width in sorted(known)
+            )
+    return None
+
+
 def compare(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[Change]:
     """Every figure of ours that both reports have, slower or larger ones first.
 
@@ -168,19 +192,23 @@ def _same_machine(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one["machine"].get(key) == other["machine"].get(key) for key in ("processor", "threads", "device_name"))
 
 
-_KEY = ("contender", "preset", "backend", "height", "width", "batch", "dtype")
+_KEY = ("contender", "preset", "checkpoint_sha256", "backend", "height", "width", "batch", "dtype")
+
+
+def _key(case: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(case.get(key) for key in _KEY)
 
 
 def _case_changes(what: str, baseline: Mapping[str, Any], report: Mapping[str, Any]) -> list[Change]:
-    earlier = {tuple(case[key] for key in _KEY): case for case in baseline["cases"]}
+    earlier = {_key(case): case for case in baseline["cases"]}
     same_machine = _same_machine(report, baseline)
     changes = []
     for case in report["cases"]:
-        before = earlier.get(tuple(case[key] for key in _KEY))
+        before = earlier.get(_key(case))
         measured = before is not None and case["status"] == before["status"] == "measured"
         if case["contender"] != OURS or before is None:
             continue
-        name = f"{what} {case['preset']} {case['width']}x{case['height']} batch {case['batch']}"
+        name = f"{what} {case['preset'] or case['checkpoint']} {case['width']}x{case['height']} batch {case['batch']}"
         if not measured:
             if before["status"] == "measured":  # it ran once, and now it does not
                 changes.append(Change(name, "time", before["seconds"], float("inf"), float("inf")))

@@ -11,7 +11,9 @@ import multiprocessing
 import multiprocessing.connection
 import platform
 import resource
+import signal
 import time
+import traceback
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -49,6 +51,14 @@ class Sample:
     bytes: int | None = None
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """What went wrong in a worker, other than what it may refuse: told here, as its own process is not looked at."""
+
+    error: str
+    traceback: str
+
+
 class Worker:
     """A process that has built one case and runs it when asked.
 
@@ -59,6 +69,7 @@ class Worker:
     Raises:
         PhysFormerError: The case cannot be built.
         OutOfMemory: It does not fit.
+        RuntimeError: Anything else, with the worker's traceback as a note.
     """
 
     def __init__(self, case: Case, *, memory_limit: int | None = None) -> None:
@@ -82,6 +93,7 @@ class Worker:
 
         Raises:
             OutOfMemory: The process ran out of memory, or was ended for it.
+            RuntimeError: Anything else, with the worker's traceback as a note.
         """
         self._connection.send(counted)
         sample: Sample = self._receive()
@@ -106,12 +118,20 @@ class Worker:
             answer = self._connection.recv()
         except (EOFError, ConnectionError):
             self._process.join()
+            code = self._process.exitcode or 0
+            name = f"{self.case.contender} at {self.case.tokens}"
+            if code >= 0:
+                raise RuntimeError(f"the process of {name} ended with exit code {code}") from None
             raise OutOfMemory(
-                f"{self.case.contender} at {self.case.tokens} ended with exit code {self._process.exitcode}",
+                f"{name} was ended by signal {-code}",
                 hint="it probably ran out of memory: leave out the largest size",
             ) from None
         if isinstance(answer, PhysFormerError):
             raise answer
+        if isinstance(answer, _Fault):
+            error = RuntimeError(f"{self.case.contender} at {self.case.tokens}: {answer.error}")
+            error.add_note(answer.traceback)
+            raise error
         return answer
 
 
@@ -125,6 +145,7 @@ def _context() -> Any:
 
 def _serve(connection: multiprocessing.connection.Connection, case: Case, memory_limit: int | None) -> None:
     """The worker's process: builds, then runs once for every message, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too, which ends this one
     with contextlib.suppress(EOFError, ConnectionError):
         try:
             if memory_limit is not None:
@@ -140,13 +161,11 @@ def _serve(connection: multiprocessing.connection.Connection, case: Case, memory
                     connection.send(_run(subject.run, device, before, counted=connection.recv()))
         except PhysFormerError as error:
             connection.send(error)
-        except MemoryError as error:
-            connection.send(_out_of_memory(case, error))
-        except RuntimeError as error:
-            # CUDA has a class for it; the CPU's allocator only says so.
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            connection.send(_out_of_memory(case, error))
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:  # noqa: BLE001 told by the parent
+            told = _out_of_memory(case, error) if _is_memory(error) else _Fault(repr(error), traceback.format_exc())
+            connection.send(told)
 
 
 def _run(run: Any, device: torch.device, before: int, *, counted: bool) -> Sample:
@@ -158,6 +177,13 @@ def _run(run: Any, device: torch.device, before: int, *, counted: bool) -> Sampl
     peak = peak_memory(device)
     flops, moved = (cost.flops, cost.bytes) if cost is not None else (None, None)
     return Sample(seconds, max(0, peak - before), peak, flops, moved)
+
+
+def _is_memory(error: Exception) -> bool:
+    """CUDA has a class for it, and Python; the CPU's allocator, oneDNN and the system only say so."""
+    said = ("can't allocate memory", "Cannot allocate memory", "could not create a", "can't start new thread")
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in said))
 
 
 def _out_of_memory(case: Case, error: BaseException) -> OutOfMemory:

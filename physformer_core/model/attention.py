@@ -322,6 +322,16 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def check_backend(name: str) -> None:
+    """Refuses what is neither ``auto`` nor a backend.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise ConfigError(f"unknown attention backend '{name}'", hint="one of auto, " + ", ".join(BACKENDS))
+
+
 class GainNorm(nn.Module):
     """RMS norm over the last dimension with a learned gain, one at first."""
 

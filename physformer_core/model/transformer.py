@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from physformer_core.errors import ConfigError
-from physformer_core.model.attention import BACKENDS, Backend, GainNorm, TextKeyValue
+from physformer_core.model.attention import Backend, GainNorm, TextKeyValue, check_backend
 from physformer_core.model.blocks import PhysFormerTextBlock
 from physformer_core.model.network import FieldNetwork, NetworkSizes, PhysFormerBaseNetwork
 from physformer_core.model.text_rows import TextRows
@@ -209,8 +209,7 @@ class PhysFormerTransformer2DModel(  # type: ignore[misc]
         Raises:
             ConfigError: For any other name, and for ``flex`` once the network runs where it cannot.
         """
-        if backend not in ("auto", *BACKENDS):
-            raise ConfigError(f"unknown attention backend '{backend}'", hint="one of auto, " + ", ".join(BACKENDS))
+        check_backend(backend)
         for network in self.networks():
             network.attention_backend = backend
 

@@ -91,6 +91,26 @@ def test_a_regression_exits_with_3_and_is_named(physformer, baseline):
     assert json.loads(out)["changes"][0]["figure"] == "time"
 
 
+@pytest.mark.parametrize(
+    ("kind", "tokens", "message"),
+    [("attention", "64", "it is of model, not of attention"), ("model", "1024", "it has none of these sizes, but")],
+)
+def test_a_baseline_of_something_else_is_told_before_anything_runs(physformer, baseline, kind, tokens, message):
+    options = ("--tokens", tokens, "--no-record", "--baseline", baseline[0], "--max-regression", "10%")
+    code, out, err = physformer("bench", kind, *options)
+    assert code == 1 and message in err and out == "" and "measuring" not in err
+
+
+def test_what_cannot_be_compared_after_all_is_still_told(physformer, baseline):
+    path, report = baseline
+    for case in report["cases"]:
+        case["dtype"] = "fp16"
+    path.write_text(json.dumps(report))
+    options = ("--no-record", "--json", "--baseline", path, "--max-regression", "10%")
+    code, out, err = physformer("bench", "model", *TINY, *options)
+    assert code == 1 and "no case in common" in err and len(json.loads(out)["cases"]) == 2
+
+
 def test_find_batch_size(physformer):
     arguments = ("--preset", "debug", "--tokens", "256", "--device", "cpu", "--no-record", "--json")
     code, out, err = physformer("bench", "model", *arguments, "--find-batch-size", "--memory", "0.02")
@@ -112,6 +132,12 @@ def test_find_batch_size(physformer):
         (("model", "--baseline", "b.json", "--max-regression", "ten"), "cannot read the baseline"),
         (("model", "--plot", "a.jpg"), "a plot is a PNG file"),
         (("model", "--memory", "4"), "no effect"),
+        (("model", "--find-batch-size", "--memory", "nan"), "--memory must be above 0"),
+        (("model", "--find-batch-size", "--repeats", "5"), "--repeats has no effect"),
+        (("model", "--find-batch-size", "--dtype", "fp32,bf16"), "a second --dtype has no effect"),
+        (("model", "--preset", "debug", "--checkpoint", "x"), "--preset has no effect beside --checkpoint"),
+        (("attention", "--tokens", "64", "--backend", "nonsense"), "unknown attention backend 'nonsense'"),
+        (("attention", "--tokens", "64", "--dtype", ""), "there is no dtype to measure"),
         (("model", "--find-batch-size", "--peers", "sana"), "no effect"),
         (("model", "--preset", "nobody"), "unknown preset"),
         (("train", "--data-dir", "nowhere"), "manifest"),
@@ -127,6 +153,7 @@ def test_max_regression_is_a_share():
     from physformer_core.errors import ConfigError
 
     assert parse_share("10%") == pytest.approx(0.1) and parse_share("0.25") == 0.25
-    for text in ("x", "-1%", "inf"):
+    assert parse_share("150%") == 1.5
+    for text in ("x", "-1%", "inf", "10", "nan"):
         with pytest.raises(ConfigError):
             parse_share(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import pytest
@@ -61,6 +63,21 @@ def test_a_worker_without_memory_says_so() -> None:
         worker.run()
 
 
+def test_a_fault_in_a_worker_is_no_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="TypeError") as caught:
+        Worker(case(batch="four"))  # type: ignore[arg-type]
+    assert not isinstance(caught.value, DeviceError) and "Traceback" in caught.value.__notes__[0]
+
+
+def test_a_worker_that_is_ended_ran_out_of_memory() -> None:
+    with Worker(case()) as worker:
+        os.kill(worker._process.pid, signal.SIGINT)  # Ctrl-C is the parent's to answer
+        worker.run()
+        worker._process.kill()
+        with pytest.raises(OutOfMemory, match="was ended by signal 9"):
+            worker.run()
+
+
 def test_a_case_that_cannot_be_built_is_the_users_fault() -> None:
     with pytest.raises(ConfigError, match="unknown preset"):
         Worker(case(preset="none"))
@@ -71,10 +88,11 @@ def test_a_case_that_cannot_be_built_is_the_users_fault() -> None:
 def test_extrapolation_follows_the_contenders_own_fit() -> None:
     done = [measured("dense", n, 1e-9 * n**2) for n in (1024, 4096, 16384)]
     done += [measured(OURS, n, 1e-6 * n) for n in (1024, 4096, 16384)]
-    [predicted] = extrapolated(case("dense", 65536), done)
+    predicted = extrapolated(case("dense", 65536), done)
     assert predicted.status == "extrapolated" and predicted.seconds == pytest.approx(1e-9 * 65536**2)
     assert predicted.peak_bytes is None and "up to 16,384" in predicted.note
-    assert list(extrapolated(case("global", 65536), done)) == []
+    alone = extrapolated(case("global", 65536), done)
+    assert (alone.status, alone.seconds) == ("not run", None) and "fewer than two smaller sizes" in alone.note
     laws = fits([*done, predicted])
     assert laws[("dense", 1, "fp32")]["time"].exponent == pytest.approx(2)
     assert laws[(OURS, 1, "fp32")]["memory"].exponent == pytest.approx(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from physformer_core.benchmark.cases import OURS, Case
 from physformer_core.benchmark.machine import MachinePeak
 from physformer_core.benchmark.measure import Measurement
 from physformer_core.benchmark.plot import draw_report
-from physformer_core.benchmark.report import build_report, compare, merge_reports, read_report
+from physformer_core.benchmark.report import build_report, compare, merge_reports, read_report, why_not_compared
+from physformer_core.checkpoints import shipped_checkpoint
 from physformer_core.errors import DataError
 
 PEAKS = {"fp32": MachinePeak(torch.device("cpu"), torch.float32, flops=1e9, bandwidth=1e8)}
@@ -22,6 +24,12 @@ def one(contender: str = OURS, side: int = 16, seconds: float = 2.0, **more) -> 
     case = Case(what="model", contender=contender, height=side, width=side, dtype="fp32", device="cpu")
     given = {"status": "measured", "seconds": seconds, "spread": 0.1, "samples": (seconds,), "peak_bytes": 1000}
     return Measurement(case=case, **{**given, "flops": 10**9, "bytes": 10**7, "process_bytes": 9000, **more})
+
+
+@pytest.fixture
+def shipped_copy(tmp_path):
+    """The shipped checkpoint in another place."""
+    return shutil.copytree(shipped_checkpoint(), tmp_path / "moved")
 
 
 def report(*results: Measurement, **more):
@@ -77,6 +85,29 @@ def test_reports_with_nothing_in_common_are_refused() -> None:
         compare(report(one()), report(dataclasses.replace(other)))
 
 
+def test_checkpoints_are_compared_by_their_weights(shipped_copy) -> None:
+    def of(path, seconds):
+        ours = one(seconds=seconds)
+        return report(dataclasses.replace(ours, case=dataclasses.replace(ours.case, checkpoint=path)))
+
+    before, after = of(shipped_checkpoint(), 2.0), of(shipped_copy, 3.0)
+    [case] = after["cases"]
+    assert case["preset"] is None and case["checkpoint"] == str(shipped_copy)
+    [change, _] = compare(after, before)
+    assert change.ratio == pytest.approx(1.5) and str(shipped_copy) in change.name
+    with pytest.raises(DataError, match="no case in common"):
+        compare(after, report(one()))
+
+
+def test_what_a_baseline_cannot_be_compared_with() -> None:
+    before = report(one(), one(side=32))
+    assert why_not_compared(before, "model", [(32, 32)]) is None and why_not_compared(before, "model") is None
+    assert why_not_compared(before, "model", [(64, 64)]) == "it has none of these sizes, but 16x16, 32x32"
+    assert why_not_compared(before, "attention", [(32, 32)]) == "it is of model, not of attention"
+    assert why_not_compared(merge_reports([before]), "model", [(32, 32)]) is None
+    assert why_not_compared(before, "all") is None
+
+
 def test_parts_are_compared_each_with_its_own() -> None:
     whole = merge_reports([report(one(seconds=3.0))])
     assert compare(whole, report(one(seconds=2.0)))[0].ratio == pytest.approx(1.5)
@@ -108,6 +139,26 @@ def test_plot_has_a_line_for_everybody() -> None:
     green, blue = (60, 140, 70), (31, 92, 173)
     assert pixels(alone, blue) > 200 and pixels(alone, green) == 0
     assert pixels(both, green) > 200
+
+
+def test_plot_keeps_dtypes_apart() -> None:
+    """As one line they would go up, and back to where the next one begins."""
+    import numpy as np
+
+    def drawn(*dtypes: str) -> np.ndarray:
+        ours = [one(side=side, seconds=side / (16 if name == "fp32" else 8)) for name in dtypes for side in (16, 64)]
+        names = [name for name in dtypes for _ in (16, 64)]
+        cases = [
+            dataclasses.replace(a, case=dataclasses.replace(a.case, dtype=name))
+            for a, name in zip(ours, names, strict=True)
+        ]
+        return np.asarray(draw_report(build_report("model", cases, dict.fromkeys(("fp32", "bf16"), PEAKS["fp32"]))))
+
+    blue = (31, 92, 173)
+    alone, both = (
+        int((np.abs(drawn(*d).astype(int) - blue).sum(-1) < 20).sum()) for d in (("fp32",), ("fp32", "bf16"))
+    )
+    assert both < 1.15 * alone  # the second is paler
 
 
 def test_nothing_measured_is_no_plot() -> None:

@@ -155,14 +155,28 @@ def test_a_damaged_statistics_file_is_told(tmp_path, content):
         load_statistics(path)
 
 
-def test_paired_kid_is_kid_and_without_a_pair_kid_of_the_others():
+def test_paired_kid_without_a_pair_is_that_of_the_others():
     x, y = features(8, 40), features(9, 40) + 0.2
     value, without = paired_kernel_distance(x, y)
-    assert value == pytest.approx(kernel_distance(x, y)[0])
+    assert value == pytest.approx(kernel_distance(x, y)[0], rel=0.05)  # pairs that have nothing in common
     for pair in (0, 17, 39):
         rest = np.arange(40) != pair
-        assert without[pair] == pytest.approx(kernel_distance(x[rest], y[rest])[0])
+        assert without[pair] == pytest.approx(paired_kernel_distance(x[rest], y[rest])[0])
     with pytest.raises(DataError, match="three at least"):
         paired_kernel_distance(x[:2], y[:2])
     with pytest.raises(DataError, match="not 40 and 39"):
         paired_kernel_distance(x, y[:39])
+
+
+def test_paired_kid_of_two_sets_alike_is_zero_however_alike_pairs_are():
+    """Pairs are pictures of one prompt, which have more in common than pictures of two."""
+    random = np.random.default_rng(3)
+    paired, plain = [], []
+    for _ in range(60):
+        prompts = random.standard_normal((30, 8))
+        x, y = (prompts + 0.5 * random.standard_normal(prompts.shape) for _ in range(2))
+        paired.append(paired_kernel_distance(x, y)[0])
+        plain.append(kernel_distance(x, y)[0])
+    error = np.std(paired) / len(paired) ** 0.5
+    assert abs(np.mean(paired)) < 3 * error < 0.05
+    assert np.mean(plain) < -0.1
