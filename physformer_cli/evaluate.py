@@ -29,7 +29,7 @@ from physformer_cli.evaluate_common import (
     pixels_of,
     write_result,
 )
-from physformer_core.errors import ConfigError
+from physformer_core.errors import ConfigError, OutputError
 from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
 
 if TYPE_CHECKING:
@@ -156,6 +156,11 @@ def fid(
             ("--output", output is not None and only_save, "no generated pictures"),
         ]
     )
+    if save_statistics is not None and save_statistics.suffix != ".npz":
+        raise OutputError(
+            f"statistics are a file .npz, not {save_statistics.name!r}",
+            hint=f"--save-statistics {save_statistics.with_suffix('.npz')}",
+        )
     if split not in (None, "train", "validation"):
         raise ConfigError(f"unknown split '{split}'", hint="train or validation")
     from physformer_core.checkpoints import find_checkpoint
@@ -163,6 +168,7 @@ def fid(
 
     with recorded_run("eval fid", record=not no_record, notify=console.say) as run:
         check_files(output)
+        check_files(save_statistics)
         found = find_checkpoint(checkpoint) if generated is None and not only_save else None
         from physformer_core.evaluation.clip_score import ClipScorer
         from physformer_core.evaluation.frechet import save_statistics as write_statistics
@@ -205,6 +211,8 @@ def fid(
                 save_statistics = next_free_name(save_statistics)
                 write_statistics(save_statistics, statistics)
                 run.add_output(save_statistics)
+                if drawn is not None:
+                    console.say(f"wrote {save_statistics}")
             if drawn is not None and seen is not None:
                 other = gather(
                     _shown(seen, add("generated", drawn.count, unit="pictures")),
@@ -364,6 +372,7 @@ def prompts(
         if contact_sheet is not None:
             name = next_free_name(contact_sheet)
             write_sheet(prompt_sheet(judged, classifier.concepts), name)
+            console.say(f"wrote {name}")
             run.add_output(name)
         if (output is None) != (contact_sheet is None):  # a replay can send only one file elsewhere
             spelling = ("--output", "-o") if contact_sheet is None else ("--contact-sheet",)
@@ -380,7 +389,9 @@ def reconstruct(
     codec: Annotated[str, typer.Argument(help="Folder or hub name of an autoencoder, or pixels.")],
     pictures: Annotated[Path, typer.Argument(help="A folder of pictures, a raw or a preprocessed set.")],
     num: Annotated[int | None, typer.Option(min=1, help="Use the first so many pictures; all if not given.")] = None,
-    size: Annotated[int, typer.Option(min=16, help="Side that a raw set's drawings are rendered at.")] = 256,
+    size: Annotated[
+        int | None, typer.Option(min=16, help="Side that a raw set's drawings are rendered at; 256 if not given.")
+    ] = None,
     min_psnr: Annotated[float | None, typer.Option(help="Exit with code 3 if the PSNR is below, in dB.")] = None,
     output: OutputOption = None,
     json_output: console.JsonOption = False,
@@ -397,7 +408,8 @@ def reconstruct(
         from physformer_core.evaluation.pictures import open_source
         from physformer_core.evaluation.reconstruction import reconstruct as measure
 
-        source = open_source(pictures, size=size)
+        source = open_source(pictures, size=size or 256)
+        _check_set_options(source, size, None, drawn_by_size=False)
         loaded = load_codec(codec)
         total = min(num or source.count, source.count)
         with console.progress() as add:
@@ -444,12 +456,9 @@ def _fid_requests(
 ) -> list[PictureRequest]:
     """Pictures to draw: from the reference's captions at their sizes, or from a prompt file."""
     if prompts is not None:
-        from physformer_core.prompts import read_prompt_file
+        from physformer_core.prompts import read_plain_prompts
 
-        file = read_prompt_file(prompts)
-        if file.errors:
-            raise ConfigError(f"{prompts}, {file.errors[0]}", hint="mend or remove the line")
-        texts = [request.prompt for request in file.requests]
+        texts = read_plain_prompts(prompts)
         return make_requests(
             [(texts[number % len(texts)], size, size) for number in range(num)], seed, steps, guidance, detail
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,12 +113,27 @@ def load_drawn(
     from physformer_core.hardware import DTYPES, resolve_dtype
 
     requests[0].settings()
+    _check_lengths({one.prompt for one in requests}, found)
     kind = resolve_dtype(dtype, torch.device(device))
     run.checkpoint_sha256 = found.sha256
     pipeline: PhysFormerPipeline = load_pipeline(found, device=device, dtype=kind)
     check_step_levels(requests, max(len(pipeline.level_sizes(one.height, one.width)) for one in requests))
     name = next(name for name, value in DTYPES.items() if value == kind)
     return DrawnPictures(found, pipeline, requests, name)
+
+
+def _check_lengths(prompts: Collection[str], checkpoint: Checkpoint) -> None:
+    """Refuses prompts that the checkpoint does not take, before anything is drawn."""
+    from physformer_core.errors import PromptError
+    from physformer_core.text import count_prompt_tokens, shortened
+
+    ordered = sorted(prompts)
+    for prompt, count in zip(ordered, count_prompt_tokens(ordered, checkpoint.text_encoder_name), strict=True):
+        if count > checkpoint.prompt_tokens:
+            raise PromptError(
+                f"a prompt has {count} tokens, the model takes {checkpoint.prompt_tokens}: {shortened(prompt)!r}",
+                hint="shorten it, or leave it out; nothing is cut silently",
+            )
 
 
 def load_features(name: str, model: str | None, device: torch.device) -> FeatureExtractor:
@@ -168,6 +183,7 @@ def write_result(output: Path | None, result: Mapping[str, Any], run: RunRecorde
     name = next_free_name(output)
     with atomic_write(name) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    console.say(f"wrote {name}")
     run.add_output(name, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 

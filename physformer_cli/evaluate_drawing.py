@@ -357,6 +357,7 @@ def _write_sheet(
             ]
     name = next_free_name(path)
     write_sheet(draw_sheet(exhibits, columns=seeds, size=THUMBNAIL), name)
+    console.say(f"wrote {name}")
     run.add_output(name)
 
 

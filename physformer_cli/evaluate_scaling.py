@@ -52,11 +52,16 @@ def scaling(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="With --train: where the runs go.")
     ] = None,
-    device: Annotated[str, typer.Option(help="With --train: auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="With --train: auto (if not given), cpu, cuda, cuda:1 or mps.")
+    ] = None,
     loss: Annotated[str, typer.Option(help="Of whole pictures (base) or of crops (crop).")] = "base",
     budget: Annotated[
         list[float] | None,
-        typer.Option(metavar="FLOPS", help="Predict the best size for so many operations; repeat it. 10x the largest."),
+        typer.Option(
+            metavar="FLOPS",
+            help="Predict the best size for so many operations; repeat it. 10x the largest run's, if there is a best.",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=20, help="Bootstrap samples for the intervals.")] = 200,
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of the training and of the bootstrap.")] = 0,
@@ -77,10 +82,19 @@ def scaling(
         raise ConfigError("no folder for the runs was named", hint="--output FOLDER")
     for option, value in (
         ("--sizes", sizes), ("--examples", examples), ("--batch-size", batch_size), ("--preset", preset),
-        ("--output", output),
+        ("--output", output), ("--device", device),
     ):  # fmt: skip
         if train is None and value is not None:
             raise ConfigError(f"{option} has no effect without --train", hint="leave it out")
+    for flops in budget or ():
+        if not 0 < flops < float("inf"):
+            raise ConfigError(f"--budget {flops:g} is no number of operations", hint="for example --budget 1e17")
+    if loss not in ("base", "crop"):
+        raise ConfigError(f"unknown loss '{loss}'", hint="base or crop")
+    if loss != "base" and train is not None:
+        raise ConfigError(
+            "--loss has no effect with --train, which trains on whole pictures alone", hint="leave it out"
+        )
     from physformer_core.project import recorded_run
 
     with recorded_run("eval scaling", record=not no_record, notify=console.say) as run:
@@ -89,16 +103,13 @@ def scaling(
         folders = list(runs or ())
         if train is not None and output is not None:
             members = (sizes or SIZES, examples or EXAMPLES, batch_size or BATCH, preset or PRESET)
-            folders = _train(train, output, *members, seed=seed, device=device)
+            folders = _train(train, output, *members, seed=seed, device=device or "auto")
         points = _points(folders, loss)
-        largest = max(point.flops for point in points)
         from physformer_core.evaluation.scaling import analyse
 
         with console.progress() as add:
             task = add("bootstrap", samples, unit="fits")
-            report = analyse(
-                points, budgets=budget or [10 * largest], samples=samples, seed=seed, on_sample=task.update
-            )
+            report = analyse(points, budgets=budget, samples=samples, seed=seed, on_sample=task.update)
         run.config = json.loads(json.dumps(report.as_dict()))
         if plot is not None:
             _plot(report, plot, run)
@@ -111,6 +122,7 @@ def scaling(
 def _train(
     data: Path, output: Path, sizes: str, examples: str, batch_size: int, preset: str, *, seed: int, device: str
 ) -> list[Path]:
+    from physformer_core.evaluation.scaling import check_family
     from physformer_core.evaluation.scaling_runs import family, member_config, parse_sizes, train_family
 
     try:
@@ -119,7 +131,9 @@ def _train(
         raise ConfigError(
             f"--examples '{examples}' is not a list of whole numbers", hint="for example 2048,4096"
         ) from None
-    members = family(parse_sizes(sizes), counts)
+    parsed = parse_sizes(sizes)
+    members = family(parsed, counts)
+    check_family(len(members), len(set(parsed)), len(set(counts)))
     configs = [member_config(member, preset=preset, batch_size=batch_size, seed=seed) for member in members]
     with console.progress() as add:
         task = add("training", sum(one.training.steps for one in configs) * batch_size, unit="examples")
@@ -146,6 +160,7 @@ def _plot(report: ScalingReport, plot: Path, run: RunRecorder) -> None:
     name = next_free_name(plot)
     with atomic_write(name) as temporary:
         draw_scaling(report).save(temporary, format="PNG")
+    console.say(f"wrote {name}")
     run.add_output(name)
     run.replay_with("--plot", output=name, folder=False)
 
@@ -168,6 +183,9 @@ def _show(report: ScalingReport) -> None:
         line, spread = report.frontier, report.frontier.exponent_interval
         told = f" (95 %: {spread[0]:.3f} to {spread[1]:.3f})" if spread else ""
         typer.echo(f"the best {len(line.names)} runs: loss falls as operations^-{line.exponent:.3f}{told}")
+    if not report.predictions:
+        console.say("these runs show no gain from larger models, or none from more data: there is no best size")
+        return
     typer.echo()
     console.print_table(
         ("OPERATIONS", "BEST PARAMETERS", "95 %", "EXAMPLES", "95 %", "LOSS", "95 %"),

@@ -81,7 +81,10 @@ def quantize(
         typer.Option("--sensitivity", help="Quantize each kind of layer alone and say what it costs; write nothing."),
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="What both compute in for the table: auto, fp32, bf16 or fp16.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="What both compute in for the table: auto (if not given), fp32, bf16, or fp16 with 4 bits."),
+    ] = None,
     json_output: console.JsonOption = False,
     no_record: console.NoRecordOption = False,
 ) -> None:
@@ -98,10 +101,16 @@ def quantize(
         ("--keep", bool(keep) and sensitivity, "--sensitivity, which tries every kind"),
         ("--compare", compare is not None and sensitivity, "--sensitivity"),
         ("--accuracy", accuracy is not None and (sensitivity or compare == 0), "no table"),
+        ("--dtype", dtype is not None and (sensitivity or compare == 0), "no table"),
     ]
     for option, refused, why in useless:
         if refused:
             raise ConfigError(f"{option} has no effect with {why}", hint="leave it out")
+    if dtype == "fp16" and bits == 8:
+        raise ConfigError(
+            "weights of 8 bits are scaled after the product, which leaves the range of fp16",
+            hint="--dtype fp32 or bf16",
+        )
     if output is None and not sensitivity:
         raise ConfigError("no folder to write to was named", hint="--output FOLDER, or --sensitivity to only measure")
     from physformer_core.checkpoints import find_checkpoint
@@ -141,7 +150,7 @@ def quantize(
             return
         assert output is not None
         check_output(output)
-        compute = resolve_dtype(dtype, torch.device(where))
+        compute = resolve_dtype(dtype or "auto", torch.device(where))
         with console.progress() as add:
             task = add("calibrating", len(settings.prompts or ()) or 8, unit="pictures")
             made = make(found, settings, device=where, on_picture=task.update)
@@ -158,12 +167,9 @@ def quantize(
 def _prompts(file: Path | None) -> tuple[str, ...] | None:
     if file is None:
         return None
-    from physformer_core.prompts import read_prompt_file
+    from physformer_core.prompts import read_plain_prompts
 
-    read = read_prompt_file(file)
-    if read.errors:
-        raise ConfigError(f"{file}, {read.errors[0]}", hint="mend or remove the line")
-    return tuple(request.prompt for request in read.requests)
+    return tuple(read_plain_prompts(file))
 
 
 def _compare(

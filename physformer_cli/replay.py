@@ -12,7 +12,7 @@ from pathlib import Path
 from physformer_core.errors import ConfigError, OutputError, PhysFormerError
 from physformer_core.project import PROJECT_FILE, PROJECT_VARIABLE, Project, RunRecord
 
-_LAUNCHER = (sys.executable, "-m", "physformer_cli")
+_LAUNCHER = (sys.executable, "-P", "-m", "physformer_cli")  # without the user's folder among what is imported from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def replay_run(
         ConfigError: The run cannot be replayed: it did not end well, has no outputs, or its folder is gone.
         OutputError: The replayed command failed.
     """
-    directory = project.folder / record.directory
+    directory = project.record_folder / record.directory
     if not record.replay.output_option:
         raise ConfigError(f"{record.command!r} cannot be replayed", hint="it does not say where its output goes")
     if record.status != "ok" or not record.outputs:

@@ -512,15 +512,9 @@ def _resolve_epochs(config: RunConfig, data: Path, epochs: float | None) -> RunC
 def _read_prompts(name: str | None) -> str | None:
     if name is None:
         return None
-    from physformer_core.errors import PromptError
-    from physformer_core.prompts import read_prompt_file
+    from physformer_core.prompts import read_plain_prompts
 
-    file = read_prompt_file(name)
-    if file.errors or not file.requests:
-        raise PromptError(
-            f"{name}, {file.errors[0]}" if file.errors else f"{name} holds no prompt", hint="a prompt a line"
-        )
-    return "\n".join(request.prompt for request in file.requests)
+    return "\n".join(read_plain_prompts(name))
 
 
 def _resolve_data(data_dir: Path | None, settings: Mapping[str, Any]) -> Path:

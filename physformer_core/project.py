@@ -226,8 +226,13 @@ class Project:
 
     @property
     def folder(self) -> Path:
-        """The folder that relative paths in the records start from."""
+        """The folder that relative paths in the settings start from: the link's, if the file is a link."""
         return self.path.absolute().parent
+
+    @property
+    def record_folder(self) -> Path:
+        """The folder that relative paths in the records start from: that of the file itself."""
+        return self.path.resolve().parent
 
     def settings(self, table: str) -> dict[str, Any]:
         """What the file sets in one table; empty if nothing. Relative paths become absolute, from the file's folder,
@@ -313,8 +318,8 @@ def append_run(path: str | Path, record: RunRecord) -> None:
             raise output_error(real, error) from error
         gap = b"\n" if before.endswith(b"\n") or not before else b"\n\n"
         with atomic_write(real) as temporary:
-            shutil.copymode(real, temporary)
             temporary.write_bytes(before + gap + addition.encode())
+            shutil.copymode(real, temporary)
 
 
 class RunRecorder:
@@ -516,7 +521,9 @@ def _writable_project(path: Path | None, say: Callable[[str], None]) -> Path:
     try:
         if path.exists():
             if not os.access(path.resolve().parent, os.W_OK):
-                raise OutputError(f"cannot record this run: {path.parent} is not writable")
+                raise OutputError(f"{path.parent} is not writable")
+            if not os.access(path, os.W_OK):
+                raise OutputError(f"{path} is not writable")
             return path
         try:
             create_project(path)

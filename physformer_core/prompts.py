@@ -134,6 +134,25 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     return parse_prompts(data, source=source, as_json=as_json)
 
 
+def read_plain_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file, for what draws all of them alike.
+
+    Raises:
+        PromptError: As `read_prompt_file`; or a line is bad, or says more than its prompt.
+    """
+    file = read_prompt_file(path)
+    if file.errors:
+        raise PromptError(f"{path}, {file.errors[0]}", hint="mend or remove the line")
+    for request in file.requests:
+        said = [key for key, value in vars(request).items() if key not in ("prompt", "line") and value is not None]
+        if said:
+            raise PromptError(
+                f"{path}, line {request.line}: {said[0]} has no effect here",
+                hint="leave it out, or write a prompt a line",
+            )
+    return [request.prompt for request in file.requests]
+
+
 def parse_prompts(data: bytes, *, source: str, as_json: bool) -> PromptFile:
     """Reads prompts from bytes; see `read_prompt_file`.
 

@@ -183,7 +183,7 @@ def fit_law(points: Sequence[ScalingPoint]) -> ScalingLaw:
 def analyse(
     points: Sequence[ScalingPoint],
     *,
-    budgets: Sequence[float] = (),
+    budgets: Sequence[float] | None = None,
     samples: int = 200,
     seed: int = 0,
     on_sample: Callable[[int], None] | None = None,
@@ -192,7 +192,7 @@ def analyse(
 
     Args:
         points: The runs.
-        budgets: Operations to predict the best size for.
+        budgets: Operations to predict the best size for; ten times the largest run's if not given and there is a best.
         samples: Bootstrap samples.
         seed: Of the bootstrap.
         on_sample: Told how many are done.
@@ -202,6 +202,8 @@ def analyse(
     """
     check_points(points)
     law, inner = _fit(points, _STARTS)
+    if not budgets:
+        budgets = [10 * max(point.flops for point in points)] if law.has_best else []
     best = [law.best(flops) for flops in budgets]
     generator = np.random.default_rng([seed, 0x5CA1E])
     laws: list[ScalingLaw] = []
@@ -258,10 +260,18 @@ def check_points(points: Sequence[ScalingPoint]) -> None:
         for name, value in asdict(point).items():
             if name != "name" and not (math.isfinite(value) and value > 0):
                 raise DataError(f"the run {point.name} has {name} {value}", hint="it must be a number above 0")
-    sizes, budgets = {point.parameters for point in points}, {point.examples for point in points}
-    if len(points) < LEAST_RUNS or len(sizes) < LEAST_VALUES or len(budgets) < LEAST_VALUES:
+    check_family(len(points), len({point.parameters for point in points}), len({point.examples for point in points}))
+
+
+def check_family(runs: int, sizes: int, amounts: int) -> None:
+    """Refuses so few runs, sizes and amounts of data that no law can be fitted to them.
+
+    Raises:
+        DataError: They are too few.
+    """
+    if runs < LEAST_RUNS or min(sizes, amounts) < LEAST_VALUES:
         raise DataError(
-            f"{len(points)} runs of {len(sizes)} sizes and {len(budgets)} amounts of data are too few for five numbers",
+            f"{runs} runs of {sizes} sizes and {amounts} amounts of data are too few for five numbers",
             hint=f"at least {LEAST_RUNS} runs, {LEAST_VALUES} sizes and {LEAST_VALUES} amounts of data",
         )
 

@@ -205,8 +205,8 @@ def read_table(path: Path) -> list[ScalingPoint]:
         DataError: It cannot be read, or lacks a column or a number.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, skipinitialspace=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"cannot read {path}: {error}", hint=f"a CSV file with the columns {', '.join(COLUMNS)}"

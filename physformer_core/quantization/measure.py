@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ class Comparison:
     Args:
         original, quantized: The two.
         difference: Mean absolute difference of their pictures' values, 0 to 255.
-        psnr: Peak signal-to-noise ratio between their pictures in dB.
+        psnr: Peak signal-to-noise ratio between their pictures in dB; infinite where they are equal.
         seeds_difference: Mean absolute difference of the original's pictures between two seeds: the scale to judge
             `difference` by.
         count, size, dtype, device: How many pictures, their side, and what the network computed in and where.
@@ -190,7 +191,7 @@ def process_peak(checkpoint: Checkpoint, *, size: int, dtype: torch.dtype, devic
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     arguments = (sender, str(checkpoint.folder), size, str(dtype).removeprefix("torch."), str(device))
-    process = context.Process(target=_draw_and_tell, args=arguments)
+    process = context.Process(target=_draw_and_tell, args=arguments, daemon=True)  # ended with this one
     process.start()
     sender.close()
     try:
@@ -199,7 +200,7 @@ def process_peak(checkpoint: Checkpoint, *, size: int, dtype: torch.dtype, devic
         process.join()
         raise DeviceError(
             f"drawing with {checkpoint.folder} in a process of its own ended with exit code {process.exitcode}",
-            hint="it probably ran out of memory: --size 128",
+            hint="it probably ran out of memory; without this comparison: --compare 0",
         ) from None
     process.join()
     if isinstance(told, Exception):
@@ -331,6 +332,7 @@ def _prompt_accuracy(
 def _draw_and_tell(
     sender: multiprocessing.connection.Connection, folder: str, size: int, dtype: str, device: str
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     try:
         where = torch.device(device)
         pipeline = load_pipeline(find_checkpoint(folder), device=where, dtype=getattr(torch, dtype))

@@ -136,6 +136,13 @@ def test_fid_with_prompts_of_a_file(physformer, tiny_features, tiny_checkpoint, 
     assert code == 0 and json.loads(out)["recipe"]["generated"]["pictures"]["sizes"] == ["32x32"], err
     code, _, err = physformer("eval", "fid", "real", "--checkpoint", tiny_checkpoint, "--num", 3)
     assert code == 1 and "no captions" in err and "--prompts" in err
+    drawn = ("--checkpoint", tiny_checkpoint, "--num", 3, "--size", 32, "--steps", 1)
+    Path("long.txt").write_text("a cat\n" + "a dog " * 40 + "\n")
+    code, _, err = physformer("eval", "fid", "real", *drawn, "--prompts", "long.txt")
+    assert code == 1 and "a prompt has 82 tokens, the model takes 32" in err and "reference" not in err
+    Path("p.jsonl").write_text('{"prompt": "a cat", "width": 64}\n')
+    code, _, err = physformer("eval", "fid", "real", *drawn, "--prompts", "p.jsonl")
+    assert code == 1 and "p.jsonl, line 1: width has no effect here" in err
 
 
 def test_clip_score_of_captioned_pictures(physformer, tiny_features, folders, tiny_clip, tiny_checkpoint):
@@ -169,6 +176,8 @@ def test_clip_score_of_captioned_pictures(physformer, tiny_features, folders, ti
         (("real", "--generated", "made", "--steps", "3"), "--steps has no effect"),
         (("real", "--generated", "made", "--guidance", "3"), "--guidance has no effect"),
         (("real", "--save-statistics", "x.npz", "--dtype", "fp32"), "--dtype has no effect"),
+        (("real", "--save-statistics", "real/0.png/x.npz"), "cannot write real/0.png"),
+        (("real", "--save-statistics", "x"), "statistics are a file .npz, not 'x'"),
         (("real", "--generated", "made", "--split", "train"), "--split has no effect"),
         (("real", "--generated", "made", "--split", "test"), "unknown split"),
         (("real", "--generated", "made", "--size", "64"), "--size has no effect"),
@@ -253,6 +262,11 @@ def test_reconstruct(physformer, folders):
     assert code == 0 and shown["psnr"] is None and shown["exact"] == 2 and shown["ssim"] == pytest.approx(1), err
     code, out, _ = physformer("eval", "reconstruct", "pixels", "real")
     assert code == 0 and "every one exact" in out
+    for name in ("r.json", "r_1.json"):
+        code, _, err = physformer("eval", "reconstruct", "pixels", "real", "--output", "r.json")
+        assert code == 0 and f"wrote {name}" in err
+    code, _, err = physformer("eval", "reconstruct", "pixels", "real", "--size", 64)
+    assert code == 1 and "--size has no effect" in err
 
 
 def test_reconstruct_with_an_autoencoder(physformer, folders, tmp_path):

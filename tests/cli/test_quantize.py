@@ -71,12 +71,16 @@ def test_quantize_then_info_and_generate(physformer, checkpoint_folder: Path) ->
         (("-o", "q", "--bits", 4, "--method", "dynamic"), "4 bits with 8-bit activations"),
         (("-o", "q", "--method", "magic"), "unknown method"),
         (("-o", "q", "--compare", 0, "--accuracy", 5), "--accuracy has no effect"),
+        (("-o", "q", "--compare", 0, "--dtype", "bf16"), "--dtype has no effect"),
+        (("-o", "q", "--dtype", "fp16"), "leaves the range of fp16"),
+        (("-o", "q", "--prompts", "p.jsonl"), "p.jsonl, line 1: seed has no effect here"),
         (("-o", "."), "exists already"),
     ],
 )
 def test_what_is_refused(physformer, checkpoint_folder: Path, options: tuple[object, ...], words: str) -> None:
+    Path("p.jsonl").write_text('{"prompt": "a cat", "seed": 3}\n')
     code, out, err = physformer("quantize", checkpoint_folder, *options)
-    assert code == 1 and out == "" and words in err and "hint:" in err
+    assert code == 1 and out == "" and not Path("q").exists() and words in err and "hint:" in err
 
 
 def test_a_model_that_is_too_small_is_refused_and_nothing_written(physformer, tiny_checkpoint: Path) -> None:

@@ -141,6 +141,14 @@ def test_a_replay_agrees_and_touches_nothing(launcher, tmp_path, output):
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
+def test_a_replay_imports_nothing_of_the_users(tmp_path):
+    Path("secrets.py").write_text("raise SystemExit('the user's own')")
+    ending = physformer("data", "fetch", "scenes", "--count", "3", "--seed", "1", "--output", "s")
+    assert ending.returncode == 0, ending.stderr
+    ending = physformer("runs", "replay", "last")
+    assert ending.returncode == 0 and "agrees: 2 of 2" in ending.stdout, ending.stderr
+
+
 def test_a_replay_has_the_settings_of_then_and_the_same_input(launcher, tmp_path):
     Path("physformer.toml").write_text("[generate]\nsteps = 5\n")
     assert call(launcher, "generate", "a bird", "--read", input="from stdin é").returncode == 0

@@ -164,6 +164,20 @@ def test_a_link_stays_a_link(tmp_path):
     assert Path("physformer.toml").is_symlink() and len(Project.load("real/p.toml").runs) == 1
 
 
+def test_paths_of_a_linked_file(tmp_path):
+    """Records start from where the file is, as they are one list; settings from where they are read."""
+    (tmp_path / "below").mkdir()
+    create_project("p.toml")
+    Path("p.toml").write_text('[train]\noutput = "runs"\n')
+    Path("below/physformer.toml").symlink_to("../p.toml")
+    os.chdir("below")
+    with recorded_run("train", argv=[], notify=quiet):
+        pass
+    project = Project.load("physformer.toml")
+    assert project.record_folder / project.runs[-1].directory == (tmp_path / "below").resolve()
+    assert project.settings("train")["output"] == str(Path.cwd() / "runs")
+
+
 TEXT = st.text(max_size=20)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
@@ -356,6 +370,17 @@ def test_a_folder_that_cannot_be_written_stops_before_the_work(monkeypatch):
         with recorded_run("generate", argv=[], notify=quiet):
             pytest.fail("the block must not run")
     assert "--no-record" in caught.value.hint and "PHYSFORMER_PROJECT" in caught.value.hint
+
+
+def test_a_file_that_cannot_be_written_stops_before_the_work(monkeypatch):
+    create_project("physformer.toml")
+    real = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: str(path).endswith(".toml") is False and real(path, mode)
+    )  # who runs tests as root may write everything
+    with pytest.raises(OutputError, match=r"cannot record this run: .*physformer\.toml is not writable"):
+        with recorded_run("generate", argv=[], notify=quiet):
+            pytest.fail("the block must not run")
 
 
 def test_the_first_fault_is_the_one_reported(monkeypatch):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from physformer_core.errors import PromptError, SizeError
-from physformer_core.prompts import PromptRequest, parse_prompts, read_prompt_file
+from physformer_core.prompts import PromptRequest, parse_prompts, read_plain_prompts, read_prompt_file
 
 
 def parse_line(line: str | dict) -> str | PromptRequest:
@@ -49,6 +49,16 @@ def test_json_file_with_every_key(tmp_path):
     assert request.size() == (720, 720)
     path.write_text('{"prompt": "a bird", "steps": [8, 2]}')
     assert read_prompt_file(path).requests == (PromptRequest("a bird", 1, steps=(8, 2)),)
+
+
+def test_prompts_alone(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a bird", "steps": null}\n{"prompt": "a cat"}\n')
+    assert read_plain_prompts(path) == ["a bird", "a cat"]
+    for line, words in (('{"prompt": "a dog", "steps": 3}', "steps has no effect here"), ("{", "not valid JSON")):
+        path.write_text('{"prompt": "a bird"}\n' + line)
+        with pytest.raises(PromptError, match=f"line 2: .*{words}"):
+            read_plain_prompts(path)
 
 
 def test_bad_lines_are_told_and_good_ones_kept(tmp_path):
