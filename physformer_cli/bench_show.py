@@ -84,15 +84,16 @@ def session(
 ) -> Iterator[Session]:
     """Checks what can be checked beforehand, and records the run."""
     from physformer_core.benchmark.report import read_report, why_not_compared
-    from physformer_core.errors import ConfigError, DataError, OutputError
+    from physformer_core.errors import ConfigError, DataError
+    from physformer_core.output_names import check_picture
     from physformer_core.project import recorded_run
 
     if (baseline is None) != (limit is None):
         raise ConfigError(
             "--baseline and --max-regression go together", hint="--baseline baseline.json --max-regression 10%"
         )
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise OutputError(f"a plot is a PNG file, not {plot.name!r}", hint=f"--plot {plot.with_suffix('.png')}")
+    if plot is not None:
+        check_picture("a plot", "--plot", plot)
     earlier = None if baseline is None else read_report(baseline)
     most = None if limit is None else parse_share(limit)
     checkpoint, sizes = (None, ()) if isinstance(config, Mapping) else (config.checkpoint, config.sizes)

@@ -342,14 +342,14 @@ def show(
     """
     from physformer_core.data import contact_sheet
     from physformer_core.data.set_folder import RAW_FORMAT
-    from physformer_core.errors import ConfigError, OutputError
+    from physformer_core.errors import ConfigError
     from physformer_core.files import next_free_name
+    from physformer_core.output_names import check_picture
     from physformer_core.project import recorded_run
 
     if kind not in (None, "base", "crop"):
         raise ConfigError(f"unknown kind {kind!r}", hint="base or crop")
-    if output.suffix.lower() != ".png":
-        raise OutputError(f"a sheet is a PNG file, not {output.name!r}", hint=f"--output {output.with_suffix('.png')}")
+    check_picture("a sheet", "--output", output)
     with recorded_run("data show", record=not no_record, notify=console.say) as run:
         if kind is not None and contact_sheet.set_format(folder) == RAW_FORMAT:
             raise ConfigError("--kind is for preprocessed sets", hint="a raw set has whole pictures only")
@@ -399,7 +399,8 @@ def inspect(
     sizes = _sizes_of_whole_pictures(preset, buckets)
     with recorded_run("data inspect", record=not no_record, notify=console.say) as run:
         workers = _workers(workers, run.settings)
-        target = output if output is not None else folder.with_name(f"{folder.absolute().name}-inspection")
+        target = output if output is not None else _beside(folder, "-inspection")
+        contact_sheet.sheet_size(count, columns=8)  # told before the set is gone through
         run.config = {"set": folder, "output": target, "count": count, "buckets": sizes, "workers": workers}
         run.data_sha256 = _manifest_sha256(folder)
         run.replay_with("--output", "-o", output=target, folder=True)
@@ -516,10 +517,20 @@ def bench(
 
 
 def _workers(given: int | None, settings: dict[str, Any]) -> int:
+    from physformer_core.errors import ConfigError
+
     if given is None:
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         given = int(settings.get("workers", available))
+    if given < 1:
+        raise ConfigError(f"workers must be at least 1, not {given}", hint="physformer.toml, [data]")
     return given
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    """A name for what belongs to a folder, in the folder that holds it."""
+    whole = folder.resolve() if folder.name in ("", "..") else folder
+    return whole.with_name(f"{whole.name}{ending}")
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Any], *, hint: str | None = None) -> list[Any]:

@@ -159,7 +159,7 @@ def fid(
     if save_statistics is not None and save_statistics.suffix != ".npz":
         raise OutputError(
             f"statistics are a file .npz, not {save_statistics.name!r}",
-            hint=f"--save-statistics {save_statistics.with_suffix('.npz')}",
+            hint="--save-statistics statistics.npz",
         )
     if split not in (None, "train", "validation"):
         raise ConfigError(f"unknown split '{split}'", hint="train or validation")

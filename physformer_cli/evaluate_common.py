@@ -60,13 +60,10 @@ def check_files(output: Path | None, picture: Path | None = None, option: str = 
         picture: A file for a picture, which must be a PNG.
         option: What names the picture.
     """
-    from physformer_core.errors import OutputError
-    from physformer_core.output_names import check_folder
+    from physformer_core.output_names import check_folder, check_picture
 
-    if picture is not None and picture.suffix.lower() != ".png":
-        raise OutputError(
-            f"{option} is a PNG file, not {picture.name!r}", hint=f"{option} {picture.with_suffix('.png')}"
-        )
+    if picture is not None:
+        check_picture(option, option, picture)
     for path in (output, picture):
         if path is not None:
             check_folder(path.parent, create=False)

@@ -174,13 +174,12 @@ def plot(
 
       physformer runs plot runs/nano --output nano-loss.png
     """
-    from physformer_core.errors import OutputError
     from physformer_core.files import atomic_write, next_free_name
+    from physformer_core.output_names import check_picture
     from physformer_core.training.curves import draw_curves, read_curves, read_records
     from physformer_core.training.panels import add_panels
 
-    if output.suffix.lower() != ".png":
-        raise OutputError(f"a plot is a PNG file, not {output.name!r}", hint=f"--output {output.with_suffix('.png')}")
+    check_picture("a plot", "--output", output)
     curves = read_curves(run_dir / "log.jsonl")
     picture = draw_curves(curves, title=str(run_dir) if run_dir.name else run_dir.absolute().name)
     picture = add_panels(picture, read_records(run_dir / "log.jsonl"))

@@ -29,7 +29,6 @@ import torch
 
 from physformer_core.checkpoints import Checkpoint
 from physformer_core.codec import load_codec
-from physformer_core.config import FlowConfig
 from physformer_core.errors import ConfigError, DeviceError
 from physformer_core.flow import DEFAULT_DETAIL, DEFAULT_GUIDANCE
 from physformer_core.flow.guidance import Guidance
@@ -122,7 +121,7 @@ class Planner:
         self.hidden_size = int(network.get("hidden_size", 256))
         self.base_hidden_size = int(network.get("base_hidden_size", 0)) or self.hidden_size
         self.factor = load_codec(checkpoint.codec_name).factor
-        self.flow = FlowConfig(**checkpoint.pipeline["flow"])
+        self.flow = checkpoint.flow()
         self.pyramid: Pyramid = self.flow.pyramid(self.patch, self.base_patch)
 
     def sizes(self, width: int, height: int) -> list[LevelSize]:

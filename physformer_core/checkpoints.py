@@ -12,6 +12,7 @@ random first, and with one message for everything that may be wrong with the fil
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import json
@@ -31,6 +32,7 @@ from physformer_core.run_folder import CHECKPOINTS, name_of_folder, steps_in
 if TYPE_CHECKING:
     import torch
 
+    from physformer_core.config import FlowConfig
     from physformer_core.model.transformer import PhysFormerTransformer2DModel
     from physformer_core.pipeline import PhysFormerPipeline
 
@@ -72,6 +74,27 @@ class Checkpoint:
         """The hash of the weights: that of the file, or of the hashes of several, one a line."""
         hashes = [sha256_file(path) for path in self.weights]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    def flow(self) -> FlowConfig:
+        """How it draws.
+
+        Raises:
+            CheckpointError: This version does not know such a flow.
+        """
+        from physformer_core.config import FlowConfig
+
+        given = self.pipeline["flow"]
+        unknown = sorted(set(given) - {field.name for field in dataclasses.fields(FlowConfig)})
+        wrong = ", ".join(unknown)
+        if not wrong:
+            try:
+                return FlowConfig(**given)
+            except (TypeError, PhysFormerError) as error:
+                wrong = _first_line(error)
+        raise CheckpointError(
+            f"{self.folder / _INDEX} has a flow that this version does not know: {wrong}",
+            hint="it may come from a later version: pip install --upgrade physformer",
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -165,20 +188,12 @@ def load_pipeline(
     if adapters:
         refuse_adapters(found)
     with paused_collector():
-        from physformer_core.config import FlowConfig
         from physformer_core.hardware import keep_freed_memory
         from physformer_core.pipeline import PhysFormerPipeline
 
     device = torch.device(device)
     keep_freed_memory(device)
-    flow = found.pipeline["flow"]
-    try:
-        FlowConfig(**flow)
-    except (TypeError, PhysFormerError) as error:
-        raise CheckpointError(
-            f"{found.folder / _INDEX} has a flow that this version does not know: {_first_line(error)}",
-            hint="it may come from a later version: pip install --upgrade physformer",
-        ) from error
+    found.flow()
     transformer = _load_transformer(found, torch.float32 if adapters else dtype or torch.float32)
     if adapters:
         merge_adapters(transformer, adapters, name=found.name)
@@ -190,7 +205,7 @@ def load_pipeline(
         transformer,
         text_encoder_name=found.text_encoder_name,
         codec_name=found.codec_name,
-        flow=flow,
+        flow=found.pipeline["flow"],
         prompt_tokens=found.prompt_tokens,
     )
 

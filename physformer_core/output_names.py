@@ -89,6 +89,17 @@ def slug(prompt: str) -> str:
     return text.encode()[:_MAX_SLUG_BYTES].decode(errors="ignore").strip("-") or "picture"
 
 
+def check_picture(what: str, option: str, path: Path) -> None:
+    """Refuses a picture's name that is not a PNG file's.
+
+    Raises:
+        OutputError: ``what`` would not be one; ``option`` names it.
+    """
+    if path.suffix.lower() != ".png":
+        name = path.with_suffix(".png") if path.name else path / "picture.png"
+        raise OutputError(f"{what} is a PNG file, not {str(path.name or path)!r}", hint=f"{option} {name}")
+
+
 def check_folder(folder: Path, *, needed_bytes: int = 0, create: bool = True) -> None:
     """Finds out before the work whether a folder can be written and has room.
 

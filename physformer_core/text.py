@@ -321,6 +321,15 @@ def count_prompt_tokens(prompts: Sequence[str], spec: str | Path = "minilm") -> 
     return _join_counts([_load_tokenizer(source).lengths(prompts) for source in _resolve(spec)])
 
 
+def most_prompt_tokens(spec: str | Path = "minilm") -> int:
+    """What `load_text_encoder(spec).max_tokens` would be, from the files alone.
+
+    Raises:
+        ConfigError, CheckpointError: As `load_text_encoder`.
+    """
+    return sum(_token_limit(source) for source in _resolve(spec))
+
+
 def _load_one(source: _Source, device: str | torch.device, dtype: torch.dtype) -> TextEncoder:
     # The one expensive import of this module: seconds, so only when a model is really wanted.
     from safetensors import SafetensorError
@@ -355,7 +364,13 @@ def _load_tokenizer(source: _Source) -> PromptTokenizer:
 
     path = source.folder / "tokenizer.json"
     if path.is_file():
-        tokenizer = Tokenizer.from_file(str(path))
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # it has no class of its own
+            raise CheckpointError(
+                f"cannot load the tokenizer of {source.name}: {str(error).strip().splitlines()[0]}",
+                hint=f"check that {path} is whole",
+            ) from error
     else:
         # Older repositories carry only a SentencePiece model or a vocabulary, which transformers converts.
         from transformers import AutoTokenizer

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from physformer_core.data.framing import open_bitmap
+from physformer_core.data.framing import UnusablePicture, open_bitmap
 from physformer_core.data.latents import decode_picture
 from physformer_core.data.loader import ShardSet
 from physformer_core.data.scenes.render import render_svg
@@ -160,14 +160,18 @@ def _raw_exhibits(folder: Path, count: int, size: int) -> Iterator[Exhibit]:
                 f"cannot read {folder / entry['name']}: {error}", hint="fetch the set again: what is there is kept"
             ) from error
         for row in table.take(inside).to_pylist():
+            note = row["key"]
             if row["svg"] is None:
-                picture = open_bitmap(row["image"])
+                try:
+                    picture = open_bitmap(row["image"])
+                except UnusablePicture as reason:
+                    picture, note = Image.new("RGB", (size, size), _FAINT), f"{reason}: {note}"
                 picture.thumbnail((size, size), Image.Resampling.LANCZOS)
             else:
                 scale = size / max(row["width"], row["height"])
                 sides = max(1, round(row["width"] * scale)), max(1, round(row["height"] * scale))
                 picture = Image.fromarray(render_svg(row["svg"], *sides))
-            yield Exhibit(picture, (row["captions"] or [""])[0], row["key"])
+            yield Exhibit(picture, (row["captions"] or [""])[0], note)
 
 
 def _shard_exhibits(shards: ShardSet, kind: str, count: int, size: int) -> Iterator[Exhibit]:

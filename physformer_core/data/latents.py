@@ -26,7 +26,8 @@ class FieldSpec:
         channels: Channels of the field.
         factor: Pixels per element of the field, along one side.
         sha256: The codec's fingerprint; None for pixels.
-        device: What kind of device encodes, "cpu" or "cuda": it decides the last bits. None for pixels.
+        device: What encodes, as "cpu" or "cuda:1"; of one that is read from a manifest its kind, which decides the last
+            bits. None for pixels.
     """
 
     codec: str = "pixels"
@@ -49,8 +50,8 @@ class FieldSpec:
         return height * width * self.channels * self.dtype.itemsize
 
     def as_dict(self) -> dict[str, Any]:
-        """For a manifest."""
-        return dataclasses.asdict(self)
+        """For a manifest, and for what a set is known by: any GPU gives what another does."""
+        return dataclasses.asdict(self) | {"device": self.device and self.device.partition(":")[0]}
 
 
 def field_of(codec_name: str, device: str) -> FieldSpec:

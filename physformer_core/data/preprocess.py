@@ -76,17 +76,22 @@ def preprocess(
         OutputError: `output_dir` cannot be written.
     """
     from physformer_core.hardware import resolve_device
-    from physformer_core.text import text_encoder_fingerprint
+    from physformer_core.text import most_prompt_tokens, text_encoder_fingerprint
 
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, not {workers}")
     where = resolve_device(device or "cpu")
+    if config.max_tokens > (most := most_prompt_tokens(config.encoder)):
+        raise ConfigError(
+            f"the text encoder {config.encoder} takes {most} tokens, not {config.max_tokens}",
+            hint=f"--max-tokens {most}",
+        )
     raw, output = Path(raw_dir), Path(output_dir)
     partial = output / PARTIAL
     source = _read_raw_manifest(raw)
     fingerprint = text_encoder_fingerprint(config.encoder)
     try:
-        field = field_of(config.codec, device or "cpu")
+        field = field_of(config.codec, str(where))
         key = _key(config, source["sha256"], fingerprint, field)
         if (whole := _finished_manifest(output, key)) is not None and not _missing_files(output, whole):
             return {**whole, "fresh": False}
@@ -113,8 +118,8 @@ def preprocess(
             manifest = _manifest(key, config, field, source, captions, chunks, scan)
             if not any(shard["kind"] == "base" for shard in manifest["shards"]):
                 raise DataError(f"no example of {raw} could be used: {manifest['refused']['examples']}")
-            if done is not None and REDRAWN in done:  # of the same pictures, and as whole as it was
-                manifest[REDRAWN] = done[REDRAWN]
+            if (partial / _REDRAWN).is_file():  # of the same pictures, and as whole as it was
+                manifest[REDRAWN] = read_json(partial / _REDRAWN)
             write_json(output / "manifest.json", manifest, indent=1)
             shutil.rmtree(partial, ignore_errors=True)
     finally:
@@ -123,6 +128,9 @@ def preprocess(
 
 
 # The folder: what is there, whose it is, what is missing
+
+
+_REDRAWN = "redrawn.json"
 
 
 def _key(config: PreprocessConfig, source_sha256: str, encoder_sha256: str, field: FieldSpec) -> str:
@@ -196,6 +204,8 @@ def _reopen(output: Path, manifest: dict[str, Any]) -> None:
     for chunk in manifest["chunks"]:
         shards = [shard for shard in manifest["shards"] if shard["chunk"] == chunk["chunk"]]
         write_json(chunk_record(output / PARTIAL, chunk["chunk"]), {**chunk, "shards": shards})
+    if REDRAWN in manifest:
+        write_json(output / PARTIAL / _REDRAWN, manifest[REDRAWN])
     (output / "manifest.json").unlink()
 
 

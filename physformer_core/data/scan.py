@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from physformer_core.data.workers import Progress
-from physformer_core.errors import DataError
+from physformer_core.errors import DataError, OutputError
 from physformer_core.files import atomic_write
 
 PART_ROWS = 4096
@@ -126,6 +126,8 @@ def _connection(path: Path, *, read_only: bool = False) -> Iterator[sqlite3.Conn
             database.execute("PRAGMA synchronous = OFF")
         with database:
             yield database
+    except sqlite3.OperationalError as error:
+        raise OutputError(f"cannot use {path}: {error}", hint="check the space on the disk") from error
     finally:
         database.close()
 

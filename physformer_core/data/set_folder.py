@@ -16,6 +16,8 @@ RAW_FORMAT = "physformer-raw/1"
 SHARDS_FORMAT = "physformer-shards/1"
 """Training examples: what `data preprocess` writes."""
 
+START_AGAIN = "delete it and fetch again"
+
 PARTIAL = ".partial"
 """Folder in a set's folder for what only an unfinished set needs."""
 
@@ -55,6 +57,40 @@ def is_whole(folder: Path, entry: Mapping[str, Any]) -> bool:
 
 
 def remove_half_written(folder: Path) -> None:
-    """Removes what a killed run left: files that were never renamed into place."""
-    for path in folder.rglob(".*.tmp.*"):
+    """Removes what a killed run left: files that were never renamed into place. Folders below are other sets'."""
+    for path in (*folder.glob(".*.tmp.*"), *(folder / PARTIAL).rglob(".*.tmp.*")):
         path.unlink(missing_ok=True)
+
+
+def begin(output: Path, source: Mapping[str, Any]) -> None:
+    """Claims a raw set's folder for a source, and removes what a killed run left half-written; for who alone writes it.
+
+    Raises:
+        DataError: It holds another set, finished or begun.
+    """
+    path = output / PARTIAL / "source.json"
+    if path.exists():
+        check_source(output, read_json(path, hint=START_AGAIN).get("source"), source)
+    elif (output / "manifest.json").exists() or not any(output.glob("examples-*.parquet")):
+        write_json(path, {"source": source})
+    else:
+        raise DataError(f"{output} already holds another set", hint="choose an empty folder, or delete this one")
+    remove_half_written(output)
+
+
+def check_source(output: Path, found: Any, source: Mapping[str, Any]) -> None:
+    """Refuses a folder whose raw set is of something else.
+
+    Raises:
+        DataError: It is.
+    """
+    if found == source:
+        return
+    ours, theirs = dict(source), dict(found) if isinstance(found, dict) else {}
+    fingerprint = ours.pop("fingerprint", None), theirs.pop("fingerprint", None)
+    if ours == theirs and None not in fingerprint:
+        raise DataError(
+            f"{source['location']} has changed since {output} was fetched from it",
+            hint="choose an empty folder, or delete this one",
+        )
+    raise DataError(f"{output} already holds another set", hint="choose an empty folder, or delete this one")

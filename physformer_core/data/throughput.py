@@ -232,8 +232,8 @@ def pictures_of(folder: str | Path, count: int) -> Bitmaps:
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix[1:].lower() in PICTURE_SUFFIXES)
     try:
         return Bitmaps(f"pictures of {folder}", [(path.suffix, path.read_bytes()) for path in paths[:count]])
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+    except OSError as error:  # Pillow's tell neither file nor cause
+        raise DataError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
 
 
 def measure_rates(subject: Subject, *, progress: Callable[[int, int], None] | None = None) -> Rates:

@@ -1,7 +1,10 @@
 """`physformer data fetch` from sources of existing pictures, and `physformer data inspect`."""
 
+import contextlib
 import json
 import os
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +48,7 @@ def test_fetch_inspect_preprocess(physformer, photos, tmp_path):
     code, out, _ = physformer("runs", "replay", run.id)
     assert code == 0 and out == "agrees: 3 of 3 outputs have the same bytes\n"
 
+    begun = time.time()
     code, out, err = physformer("data", "inspect", "raw", "--workers", 1)
     assert code == 0 and "examples" in out and "bucket 40x32" in out, err
     assert Image.open(tmp_path / "raw-inspection" / "sheet.png").width == 8 * 170 + 10
@@ -55,6 +59,19 @@ def test_fetch_inspect_preprocess(physformer, photos, tmp_path):
     code, out, _ = physformer("data", "inspect", "raw", "--workers", 1, *other[2:])
     assert code == 0 and json.loads(out)["count"] == 20 and (tmp_path / "report" / "index.html").exists()
     assert Project.load("physformer.toml").runs[-1].data_sha256 == sha256_file("raw/manifest.json")
+
+    code, _, err = physformer("data", "inspect", "raw", "--count", 5000)
+    assert code == 1 and "is too large" in err and "inspecting" not in err
+    with contextlib.chdir("raw"):
+        code, _, err = physformer("data", "inspect", ".", "--workers", 1, "--no-record")
+        assert code == 0 and (tmp_path / "raw-inspection" / "index.html").stat().st_mtime > begun, err
+    code, _, err = physformer("data", "show", "raw", "-o", ".")
+    assert code == 1 and "a sheet is a PNG file" in err and "hint: --output picture.png" in err
+    text = Path("physformer.toml").read_text()
+    Path("physformer.toml").write_text(text.replace("[data]\n", "[data]\nworkers = 0\n", 1))
+    code, _, err = physformer("data", "inspect", "raw")
+    assert code == 1 and "workers must be at least 1, not 0" in err
+    Path("physformer.toml").write_text(text)
 
     code, out, err = physformer("data", "preprocess", "raw", "-o", "set", "--workers", 1, "--levels", "1", "--json")
     assert code == 0, err

@@ -356,6 +356,16 @@ def test_the_checkpoint_is_missing_or_foreign(generate, tmp_path):
     assert last_run().status == "failed"
 
 
+def test_a_checkpoint_of_a_later_version(generate, tiny_checkpoint, tmp_path):
+    later = shutil.copytree(tiny_checkpoint, tmp_path / "later")
+    index = json.loads((later / "model_index.json").read_text())
+    index["flow"] = {**index.get("flow", {}), "from_the_future": 1}
+    (later / "model_index.json").write_text(json.dumps(index))
+    ending = generate("a cat", "--dry-run", checkpoint=later)
+    assert ending.code == 1 and "has a flow that this version does not know" in ending.err
+    assert "it may come from a later version" in ending.err
+
+
 def test_a_malformed_project_file(generate):
     Path("physformer.toml").write_text("[generate]\nsteps = = 3\n")
     ending = generate("a cat")

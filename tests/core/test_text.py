@@ -195,6 +195,9 @@ def test_foreign_and_damaged_encoders_are_refused(tiny: dict[str, Path], tmp_pat
     (tmp_path / "model.safetensors").write_bytes((tiny["clip"] / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="lacks"):
         load_text_encoder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(CheckpointError, match="cannot load the tokenizer"):
+        text.count_prompt_tokens(["a bird"], tmp_path)
 
 
 def test_a_name_that_is_nowhere_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import signal
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from physformer_core.data.scenes.composer import check_aspect, check_pair_share, compose_scene
 from physformer_core.data.scenes.variation import check_variation, varied
-from physformer_core.data.set_folder import RAW_FORMAT, read_json, remove_half_written, write_json
-from physformer_core.data.workers import deaf_to_ctrl_c
+from physformer_core.data.set_folder import (
+    PARTIAL,
+    RAW_FORMAT,
+    START_AGAIN,
+    begin,
+    check_source,
+    read_json,
+    write_json,
+)
+from physformer_core.data.workers import run_stream
 from physformer_core.errors import DataError
-from physformer_core.files import atomic_write, output_error, sha256_file
+from physformer_core.files import atomic_write, sha256_file, sole_writer
 
 SCENES_VERSION = 6
 """Raised whenever the same seed gives other pictures or captions, so that stale sets are told apart."""
@@ -36,17 +43,19 @@ _Job = tuple[str, int, int, int, float | None, float, float | None, float]
 """File, seed, first and last scene, aspect, share of pairs held out, share of scenes that are pairs, variation."""
 
 
-def _write_file(job: _Job) -> tuple[str, int]:
+def _write_file(job: _Job, tick: Callable[[int], None]) -> _Job:
     """Composes the scenes of one file and writes it. Top-level, because worker processes call it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path, seed, start, stop, aspect, held_out, pair_share, variation = job
     ranks = (held_out, 1.0)
-    scenes = [
-        varied(compose_scene(seed, index, aspect=aspect, pair_ranks=ranks, pair_share=pair_share), variation)
-        for index in range(start, stop)
-    ]
+    scenes = []
+    for index in range(start, stop):
+        scenes.append(
+            varied(compose_scene(seed, index, aspect=aspect, pair_ranks=ranks, pair_share=pair_share), variation)
+        )
+        tick(1)
     table = pa.table(
         {
             "key": pa.array([scene.key for scene in scenes], pa.string()),
@@ -61,11 +70,11 @@ def _write_file(job: _Job) -> tuple[str, int]:
     )
     with atomic_write(Path(path)) as temporary:
         pq.write_table(table, temporary, compression="zstd", compression_level=6)
-    return path, len(scenes)
+    return job
 
 
 def _sidecar(path: Path) -> Path:
-    return path.with_suffix(".done.json")
+    return path.parent / PARTIAL / f"{path.stem}.json"
 
 
 def _finished(path: Path, job: _Job) -> bool:
@@ -81,9 +90,8 @@ def _read_manifest(path: Path, source: dict[str, object]) -> dict[str, Any] | No
     """The manifest of a finished set of this very source, or None if there is no set yet."""
     if not path.exists():
         return None
-    manifest = read_json(path, hint="delete it and fetch again")
-    if manifest.get("source") != source:
-        raise DataError(f"{path.parent} already holds another set", hint="choose an empty folder, or delete this one")
+    manifest = read_json(path, hint=START_AGAIN)
+    check_source(path.parent, manifest.get("source"), source)
     return manifest
 
 
@@ -141,10 +149,6 @@ def fetch_scenes(
         check_pair_share(pair_share)
     check_variation(variation)
     folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(folder / "manifest.json", error) from error
     options = {"aspect": aspect, "rows_per_file": rows_per_file, "version": SCENES_VERSION}
     if held_out_pairs:  # left out where there are none: sets from before there was a choice stay the same set
         options["held_out_pairs"] = held_out_pairs
@@ -154,8 +158,6 @@ def fetch_scenes(
         options["variation"] = variation
     source = {"name": "scenes", "seed": seed, "count": count, "options": options}
     manifest_path = folder / "manifest.json"
-    known = _read_manifest(manifest_path, source)
-    hashes = {entry["name"]: entry["sha256"] for entry in known["files"]} if known is not None else {}
     jobs = [
         (
             str(folder / f"examples-{number:05d}.parquet"),
@@ -169,44 +171,46 @@ def fetch_scenes(
         )
         for number, start in enumerate(range(0, count, rows_per_file))
     ]
-    done = 0
-    waiting = []
-    for job in jobs:
-        file = Path(job[0])
-        listed = file.name in hashes and file.exists() and sha256_file(file) == hashes[file.name]
-        if listed or _finished(file, job):
-            done += job[3] - job[2]
-        else:
-            waiting.append(job)
+
+    def look() -> tuple[dict[str, Any] | None, list[_Job]]:
+        """The finished set's manifest, if there is one, and what is not there yet."""
+        known = _read_manifest(manifest_path, source)
+        hashes = {entry["name"]: entry["sha256"] for entry in known["files"]} if known is not None else {}
+        waiting = []
+        for job in jobs:
+            file = Path(job[0])
+            listed = file.name in hashes and file.exists() and sha256_file(file) == hashes[file.name]
+            if not listed and not _finished(file, job):
+                waiting.append(job)
+        return known, waiting
+
+    known, waiting = look()
     if known is not None and not waiting:
         return known
-    remove_half_written(folder)
+    with sole_writer(folder):
+        begin(folder, source)
+        known, waiting = look()  # once more, as another process may have written some meanwhile
+        done = count - sum(job[3] - job[2] for job in waiting)
 
-    def note(path: str, rows: int) -> None:
-        nonlocal done
-        job = next(job for job in waiting if job[0] == path)
-        write_json(_sidecar(Path(path)), {"job": [SCENES_VERSION, *job[1:]], "sha256": sha256_file(path)})
-        done += rows
-        if progress is not None:
-            progress(done, count)
+        def ticked(more: int) -> None:
+            if progress is not None:
+                progress(done + more, count)
 
-    if progress is not None:
-        progress(done, count)
-    if workers == 1 or len(waiting) < 2:
-        for job in waiting:
-            note(*_write_file(job))
-    else:
-        # Not forked: the caller may hold threads (a progress bar, a numeric library).
-        # They leave Ctrl-C to this process, which ends them.
-        with deaf_to_ctrl_c():
-            started = multiprocessing.get_context("spawn").Pool(
-                min(workers, len(waiting)), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-            )
-        with started as pool:
-            for path, rows in pool.imap_unordered(_write_file, waiting):
-                note(path, rows)
+        def finished(job: _Job) -> None:
+            path = Path(job[0])
+            write_json(_sidecar(path), {"job": [SCENES_VERSION, *job[1:]], "sha256": sha256_file(path)})
+
+        ticked(0)
+        run_stream(_write_file, waiting, min(workers, max(1, len(waiting))), finished=finished, ticked=ticked)
+        manifest = _manifest(jobs, source, count)
+        write_json(manifest_path, manifest, indent=2)
+        shutil.rmtree(folder / PARTIAL)
+    return manifest
+
+
+def _manifest(jobs: Sequence[_Job], source: dict[str, Any], count: int) -> dict[str, Any]:
     files = [{"name": Path(job[0]).name, "sha256": sha256_file(job[0]), "count": job[3] - job[2]} for job in jobs]
-    manifest = {
+    return {
         "format": RAW_FORMAT,
         "source": source,
         "license": LICENSE,
@@ -215,7 +219,3 @@ def fetch_scenes(
         "files": files,
         "sha256": hashlib.sha256("".join(sorted(str(entry["sha256"]) for entry in files)).encode()).hexdigest(),
     }
-    write_json(manifest_path, manifest, indent=2)
-    for job in jobs:
-        _sidecar(Path(job[0])).unlink(missing_ok=True)
-    return manifest

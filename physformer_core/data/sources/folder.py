@@ -15,6 +15,7 @@ from typing import Any
 
 from physformer_core.data.sources.base import PICTURE_SUFFIXES, Candidate, Origin, Part, Reader, cut
 from physformer_core.data.sources.files import fingerprint, printable, read_file
+from physformer_core.data.sources.rows import NO_CLASS_NUMBER, is_class_number
 from physformer_core.errors import ConfigError, DataError
 
 CAPTION_STYLES = ("auto", "text", "metadata", "classes")
@@ -129,9 +130,10 @@ def _survey(root: Path) -> _Survey:
         texts = {entry.name[: -len(".txt")] for entry in entries if entry.name.endswith(".txt")}
         for entry in entries:
             name = entry.name
-            yield f"{inside}{name}", entry.stat().st_size
             stem, suffix = os.path.splitext(name)
             suffix = suffix[1:].lower()
+            if suffix in PICTURE_SUFFIXES or suffix == "txt":  # what else lies there may change
+                yield f"{inside}{name}", entry.stat().st_size
             if suffix in PICTURE_SUFFIXES:
                 pictures += 1
                 captioned += stem in texts
@@ -328,7 +330,10 @@ class MetadataReader(FolderReader):
 
     def _size(self, row: _Row) -> int:
         path = self._root / row.file if row.file is not None and row.problem is None else None
-        return path.stat().st_size if path is not None and path.is_file() else 0
+        try:
+            return path.stat().st_size if path is not None and path.is_file() else 0
+        except OSError:  # its name is longer than a file's can be: told when it is read
+            return 0
 
     def _rows(self) -> Iterator[_Row]:
         seen: set[int] = set()  # 64 bits of a hash each: a fraction of what the names would take
@@ -353,7 +358,7 @@ class MetadataReader(FolderReader):
         file = next((table[name] for name in _FILE_COLUMNS if table.get(name)), None)
         if not isinstance(file, str):
             return _Row(line, None, problem="metadata row names no file")
-        if os.path.isabs(file) or ".." in Path(file).parts or "\0" in file:
+        if os.path.isabs(file) or ".." in Path(file).parts or "\0" in file or not _can_be_named(file):
             return _Row(line, None, problem="file outside of the folder", detail=file)
         columns = self._caption_columns or next(((name,) for name in _CAPTION_COLUMNS if name in table), ())
         captions: list[str | bytes] = []
@@ -362,10 +367,14 @@ class MetadataReader(FolderReader):
             captions += [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
         label = None
         if self._label_column is not None:
+            said = table.get(self._label_column)
             try:
-                label = int(table[self._label_column])
-            except (KeyError, TypeError, ValueError):
-                return _Row(line, None, problem="no class number", detail=str(table.get(self._label_column)))
+                label = int(said)  # type: ignore[arg-type]
+            except (TypeError, ValueError):
+                return _Row(line, None, problem=NO_CLASS_NUMBER, detail=str(said)[:100])
+            label = None if label == -1 else label  # not known
+            if label is not None and not is_class_number(label):
+                return _Row(line, None, problem=NO_CLASS_NUMBER, detail=str(said)[:100])
         return _Row(line, file, tuple(captions), label)
 
     def _json_rows(self) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -395,6 +404,15 @@ class MetadataReader(FolderReader):
                     yield reader.line_num, table
             except csv.Error as error:
                 raise DataError(f"{self._metadata}, line {reader.line_num}: {error}", hint="correct it") from error
+
+
+def _can_be_named(file: str) -> bool:
+    """Whether a file can be called so: JSON may hold half a character."""
+    try:
+        os.fsencode(file)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def hash_of(name: bytes) -> int:

@@ -12,6 +12,7 @@ from physformer_core.data.sources.base import Candidate, Origin, Part, Reader, S
 from physformer_core.data.sources.files import fingerprint
 from physformer_core.data.sources.rows import Columns, choose_columns
 from physformer_core.errors import ConfigError, DataError, PhysFormerError
+from physformer_core.project import PROJECT_FILE
 
 _ROW_NAMES = ("__url__", "__key__")
 _NETWORK_HINT = (
@@ -159,7 +160,9 @@ def _folder_state(folder: Path) -> tuple[str, str | None]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     inside = ((path.relative_to(folder), path.stat().st_size) for path in paths)
     state = fingerprint(
-        (name.as_posix(), size) for name, size in inside if not any(part.startswith(".") for part in name.parts)
+        (name.as_posix(), size)
+        for name, size in inside
+        if not any(part.startswith(".") for part in name.parts) and name.name != PROJECT_FILE
     )
     card = folder / "README.md"
     if not card.is_file():

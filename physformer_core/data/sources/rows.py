@@ -14,6 +14,7 @@ from physformer_core.errors import ConfigError
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
 CAPTION_NAMES = ("caption", "captions", "text", "txt", "prompt", "description", "sentence")
 LABEL_NAMES = ("label", "class_label", "cls")
+NO_CLASS_NUMBER = "no class number"
 _NESTED = ("json", "metadata", "meta")
 
 
@@ -25,11 +26,13 @@ class Columns:
         image: The encoded picture: bytes, or a struct with `bytes`.
         captions: Text, or lists of text.
         label: The class's number, if there is one.
+        label_named: Whether the user named it: then what is there must be a number.
     """
 
     image: str
     captions: tuple[str, ...]
     label: str | None = None
+    label_named: bool = False
 
     def candidate(self, row: Mapping[str, Any], key: str, path: str) -> Candidate:
         """The example in a row."""
@@ -38,10 +41,10 @@ class Columns:
         for column in self.captions:
             value = field(row, column)
             captions += [_text(one) for one in (value if isinstance(value, list | tuple) else [value])]
-        label = field(row, self.label) if self.label is not None else None
-        if label is not None and (not isinstance(label, int) or label < 0):  # -1: not known
-            label = None
-        return Candidate(key, path, image, tuple(captions), label, suffix)
+        said = field(row, self.label) if self.label is not None else None
+        label = said if is_class_number(said) else None
+        told = no_class_number(said if self.label_named else None)
+        return Candidate(key, path, image, tuple(captions), label, suffix, **told)
 
 
 def choose_columns(
@@ -63,6 +66,7 @@ def choose_columns(
             raise ConfigError(f"{where} has no column {column!r}", hint=f"{option}: one of {', '.join(names)}")
     if label is not None and not _has(row, label):
         raise ConfigError(f"{where} has no column {label!r}", hint=f"--label-column: one of {', '.join(names)}")
+    named = label is not None
     if image is None:
         image = next((name for name in IMAGE_NAMES if name in row), None)
     if image is None:
@@ -81,7 +85,19 @@ def choose_columns(
                     hint=f"--caption-column: one of {', '.join(names)}",
                 )
             captions = ()
-    return Columns(image, tuple(captions), label)
+    return Columns(image, tuple(captions), label, named)
+
+
+def is_class_number(value: Any) -> bool:
+    """Whether it is a class's number that a set can store."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def no_class_number(said: Any) -> dict[str, str]:
+    """What is wrong with what a column says that the user named as that of class numbers; -1 and nothing: not known."""
+    if said is None or said == -1 or is_class_number(said):
+        return {}
+    return {"problem": NO_CLASS_NUMBER, "detail": str(said)[:100]}
 
 
 def field(row: Mapping[str, Any], column: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 from physformer_core.data.sources.base import PICTURE_SUFFIXES, Candidate, Origin, Part, Reader, cut
 from physformer_core.data.sources.files import FileList, find_files, printable
-from physformer_core.data.sources.rows import CAPTION_NAMES, field
+from physformer_core.data.sources.rows import CAPTION_NAMES, field, is_class_number, no_class_number
 from physformer_core.errors import DataError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -78,20 +80,18 @@ class _Fields:
             value = field(members, column)
             values = value if isinstance(value, list) else [value]
             captions += [one if isinstance(one, bytes) else str(one) for one in values if one is not None]
+        said = field(members, self.label or "cls")
+        if isinstance(said, bytes):
+            said = int(said) if said.strip().isdigit() else said.decode("utf-8", "replace")
         return Candidate(
             key,
             path,
             image,
             tuple(captions),
-            _class_number(members.get(self.label or "cls")),
+            said if is_class_number(said) else None,
             endings[0] if image else "",
+            **no_class_number(said if self.label else None),
         )
-
-
-def _class_number(content: bytes | None) -> int | None:
-    if content is None or not content.strip().isdigit():
-        return None
-    return int(content)
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,10 @@ def _contents(file: Path) -> list[_Place]:
                 places.append(_Place(parts[0], member.offset, member.size, parts[0] in keys))
                 keys.add(parts[0])
             end = archive.offset  # type: ignore[attr-defined]
-        if file.suffix == ".tar" and not _ends_at(file, end):
+            whole = _ends_at(archive, end)
+        if not whole:
             places.append(_Place(f"(from byte {end} on)", end, 0, damage="what follows is no header"))
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and not places and not isinstance(error, tarfile.TarError):
             raise DataError(f"cannot read {file}: {error.strerror or error}", hint="check the file") from error
         # The example that the damage cuts is lost, and with it what follows.
@@ -221,11 +222,12 @@ def _contents(file: Path) -> list[_Place]:
     return places
 
 
-def _ends_at(file: Path, offset: int) -> bool:
+def _ends_at(archive: tarfile.TarFile, offset: int) -> bool:
     """Whether a tar ends there as it should: `tarfile` takes a damaged header for the end."""
-    with open(file, "rb") as stream:
-        stream.seek(offset)
-        return not stream.read(tarfile.BLOCKSIZE).strip(b"\0")
+    stream = archive.fileobj
+    assert stream is not None
+    stream.seek(offset)
+    return not stream.read(tarfile.BLOCKSIZE).strip(b"\0")
 
 
 def _examples(file: Path, offset: int) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -23,9 +23,11 @@ import pyarrow.parquet as pq
 from physformer_core.data.set_folder import (
     PARTIAL,
     RAW_FORMAT,
+    START_AGAIN,
+    begin,
+    check_source,
     is_whole,
     read_json,
-    remove_half_written,
     write_json,
 )
 from physformer_core.data.sources.base import Candidate, Part, Reader, cut
@@ -38,7 +40,6 @@ from physformer_core.files import atomic_write, sha256_file, sole_writer
 FETCH_VERSION = 1
 
 QUARANTINE = "quarantine.jsonl"
-_HINT = "delete it and fetch again"
 _GROUP_BYTES = 16 << 20  # a reader holds a row group in memory
 _GROUP_ROWS = 256
 # Small files are read some at a time and then looked at: by turns, one work drove the other's code out of the
@@ -95,9 +96,13 @@ def write_raw_set(
     source = {**reader.origin.identity(), "version": FETCH_VERSION}
     known = _finished(output, source)
     if known is not None and not _lost_parts(output, known):
+        if reader.origin.license not in (None, known["license"]):  # said, or said otherwise, only now
+            known["license"] = reader.origin.license
+            with sole_writer(output):
+                write_json(output / "manifest.json", known, indent=1)
         return known
     with _claimed(output):
-        _begin(output, source)
+        begin(output, source)
         if known is not None:
             _reopen(output, known)
         records = _records(output)
@@ -266,26 +271,13 @@ def _quarantine_path(output: Path, number: int) -> Path:
     return output / PARTIAL / f"quarantine-{number:05d}.jsonl"
 
 
-def _check_source(output: Path, found: Any, source: dict[str, Any]) -> None:
-    if found == source:
-        return
-    ours, theirs = dict(source), dict(found) if isinstance(found, dict) else {}
-    ours.pop("fingerprint"), theirs.pop("fingerprint", None)
-    if ours == theirs:
-        raise DataError(
-            f"{source['location']} has changed since {output} was fetched from it",
-            hint="choose an empty folder, or delete this one",
-        )
-    raise DataError(f"{output} already holds another set", hint="choose an empty folder, or delete this one")
-
-
 def _finished(output: Path, source: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of a finished set of this very source, or None if there is none."""
     path = output / "manifest.json"
     if not path.exists():
         return None
-    manifest = read_json(path, hint=_HINT)
-    _check_source(output, manifest.get("source"), source)
+    manifest = read_json(path, hint=START_AGAIN)
+    check_source(output, manifest.get("source"), source)
     return manifest
 
 
@@ -301,18 +293,6 @@ def _lost_parts(output: Path, manifest: dict[str, Any]) -> list[int]:
 
 def _is_whole(output: Path, entry: dict[str, Any] | None) -> bool:
     return entry is None or is_whole(output, entry)  # a part may have no example
-
-
-def _begin(output: Path, source: dict[str, Any]) -> None:
-    """Claims the folder for this source, and removes what a killed run left half-written."""
-    path = output / PARTIAL / "source.json"
-    if path.exists():
-        _check_source(output, read_json(path, hint=_HINT).get("source"), source)
-    elif (output / "manifest.json").exists() or not any(output.glob("examples-*.parquet")):
-        write_json(path, {"source": source})
-    else:
-        raise DataError(f"{output} already holds another set", hint="choose an empty folder, or delete this one")
-    remove_half_written(output)
 
 
 def _reopen(output: Path, manifest: dict[str, Any]) -> None:
@@ -334,7 +314,7 @@ def _reopen(output: Path, manifest: dict[str, Any]) -> None:
 
 def _records(output: Path) -> dict[int, dict[str, Any]]:
     """The records of the parts that are whole, by number."""
-    found = (read_json(path, hint=_HINT) for path in (output / PARTIAL).glob("part-*.json"))
+    found = (read_json(path, hint=START_AGAIN) for path in (output / PARTIAL).glob("part-*.json"))
     return {
         record["part"]: record
         for record in found

@@ -18,6 +18,7 @@ from physformer_core.codec import load_codec
 from physformer_core.config import load_preset
 from physformer_core.data.contact_sheet import exhibits
 from physformer_core.data.examples import make_examples
+from physformer_core.data.latents import FieldSpec
 from physformer_core.data.loader import BatchStream, ShardSet
 from physformer_core.data.preprocess import PreprocessConfig, preprocess
 from physformer_core.data.shards import group_files
@@ -220,3 +221,18 @@ def test_shards_stay_few() -> None:
     groups = group_files([1000] * 2000)
     assert len(groups) <= 33 and [file for group in groups for file in group] == list(range(2000))
     assert group_files([10, 10]) == [[0, 1]]
+
+
+def test_a_gpu_is_as_good_as_another() -> None:
+    """What encodes is told by its kind: that decides the last bits, and the set's key."""
+    assert FieldSpec("x", 4, 8, "s", "cuda:1").as_dict() == FieldSpec("x", 4, 8, "s", "cuda").as_dict()
+    assert FieldSpec().as_dict()["device"] is None
+
+
+def test_the_device_may_be_found(tmp_path: Path, raw_writer: Write, make_bitmap: Make) -> None:
+    raw = raw_writer(tmp_path / "raw", [[make_bitmap(0, 96, 96)]])
+    config = PreprocessConfig(
+        codec=str(save_kl(tmp_path / "vae")), buckets=((16, 16),), levels=(1,), level_weights=(1,), crop_size=24
+    )
+    made = preprocess(raw, tmp_path / "set", config=config, device="auto")
+    assert made["field"]["device"] in ("cpu", "cuda", "mps")

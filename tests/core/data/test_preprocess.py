@@ -409,6 +409,13 @@ def test_further_views_differ_and_validation_stays_apart(tmp_path: Path, raw_wri
     assert folders[0] == folders[1] and 0 < len(folders[0]) < 12
 
 
+def test_more_tokens_than_the_encoder_takes_are_refused(tmp_path: Path, raw_writer: Write, make_bitmap: Make) -> None:
+    raw = raw_writer(tmp_path / "raw", [[make_bitmap(0)]])
+    with pytest.raises(ConfigError, match="minilm takes 256 tokens, not 512") as caught:
+        preprocess(raw, tmp_path / "set", config=PreprocessConfig(max_tokens=512))
+    assert caught.value.hint == "--max-tokens 256" and not (tmp_path / "set").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

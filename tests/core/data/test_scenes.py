@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import numpy as np
@@ -21,7 +22,7 @@ from physformer_core.data.scenes.captions import described
 from physformer_core.data.scenes.casting import SUPPORTS, pair_rank, places_of, times_of
 from physformer_core.data.scenes.composer import ALONE, KINDS, RELATIONS
 from physformer_core.data.scenes.concepts import art_markup, art_shape, concept_named
-from physformer_core.errors import DataError
+from physformer_core.errors import DataError, OutputError
 
 SAMPLE = [compose_scene(11, index) for index in range(400)]
 
@@ -240,7 +241,7 @@ def test_fetch_resumes_and_does_not_depend_on_workers(tmp_path):
         pass
 
     def stop_after_one(done: int, _count: int) -> None:
-        if done:
+        if done > 10:
             raise Stop
 
     with pytest.raises(Stop):
@@ -251,6 +252,52 @@ def test_fetch_resumes_and_does_not_depend_on_workers(tmp_path):
     assert (tmp_path / "three" / "examples-00000.parquet").stat().st_mtime_ns == stamp
     with pytest.raises(DataError, match="another set"):
         fetch_scenes(tmp_path / "three", count=26, seed=4, rows_per_file=10)
+
+
+def test_a_worker_that_is_killed_is_told_and_the_rest_kept(tmp_path):
+    import multiprocessing
+    import signal
+
+    def kill(_done, _count):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    with pytest.raises(DataError, match="a worker process died"):
+        fetch_scenes(tmp_path / "set", count=4000, seed=4, rows_per_file=1000, workers=2, progress=kill)
+    assert not (tmp_path / "set" / "manifest.json").exists()
+
+
+def test_a_folder_of_another_set_is_refused_even_if_it_was_only_begun(tmp_path):
+    folder = tmp_path / "set"
+    (folder / ".partial").mkdir(parents=True)
+    (folder / ".partial" / "source.json").write_text('{"source": {"name": "folder", "fingerprint": "x"}}')
+    (folder / "examples-00000.parquet").write_bytes(b"theirs")
+    with pytest.raises(DataError, match="already holds another set"):
+        fetch_scenes(folder, count=2, seed=4)
+    (folder / ".partial" / "source.json").unlink()
+    with pytest.raises(DataError, match="already holds another set"):
+        fetch_scenes(folder, count=2, seed=4)
+    assert (folder / "examples-00000.parquet").read_bytes() == b"theirs"
+
+
+def test_two_at_once_do_not_mix(tmp_path):
+    def again(done, _count):
+        if done == 5:
+            with pytest.raises(OutputError, match="being written by another process"):
+                fetch_scenes(tmp_path / "set", count=10, seed=4)
+
+    fetch_scenes(tmp_path / "set", count=10, seed=4, progress=again)
+
+
+def test_files_of_others_below_a_set_are_left_alone(tmp_path):
+    """Of a checkpoint that is just written, say."""
+    theirs = tmp_path / "set" / "runs" / ".model.abcdef.tmp.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"half")
+    ours = tmp_path / "set" / ".examples-00000.abcdef.tmp.parquet"
+    ours.write_bytes(b"half")
+    fetch_scenes(tmp_path / "set", count=2, seed=4)
+    assert theirs.exists() and not ours.exists()
 
 
 def test_the_share_of_pairs_can_be_chosen(tmp_path):

@@ -199,6 +199,20 @@ def test_preprocessing_again_keeps_it_and_replaces_it(scene_raw: Path, redrawn: 
     next(iter(redrawn.glob("base-*.arrow"))).unlink()
     assert preprocess(scene_raw, redrawn, config=CONFIG)["fresh"]
     assert ShardSet(redrawn).key == key and contents(redrawn) == before
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage: str, _done: int, _total: int) -> None:
+        if stage == "pictures":
+            raise Stop
+
+    known = ShardSet(redrawn).manifest["redrawn"]
+    next(iter(redrawn.glob("base-*.arrow"))).unlink()
+    with pytest.raises(Stop):
+        preprocess(scene_raw, redrawn, config=CONFIG, progress=stop)
+    preprocess(scene_raw, redrawn, config=CONFIG)
+    assert ShardSet(redrawn).manifest["redrawn"] == known and contents(redrawn) == before
     preprocess(scene_raw, redrawn, config=PreprocessConfig(crops_per_example=0.5), overwrite=True)
     assert not list(redrawn.glob("coarse-*")) and "redrawn" not in ShardSet(redrawn).manifest
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +119,46 @@ def test_odd_tars(
     }  # fmt: skip
 
 
+def test_class_numbers_of_tars(
+    tmp_path: Path, write_tar: WriteTar, make_picture: Make, rows_of: Rows, quarantine_of: Quarantine
+) -> None:
+    members = []
+    for number, label in enumerate(("3", '"cat"', "null", "-1")):
+        text = f'{{"caption": "t", "label": {label}}}'.encode()
+        members += [(f"{number}.png", make_picture(number)), (f"{number}.json", text)]
+    get("webdataset", write_tar(tmp_path / "a.tar", members), tmp_path / "raw", label_column="json.label")
+    assert [row["class_label"] for row in rows_of(tmp_path / "raw")] == [3, None, None]
+    assert list(quarantine_of(tmp_path / "raw").values()) == ["no class number"]
+
+
+def test_a_compressed_tar_with_flipped_bytes(
+    repository: Path, tmp_path: Path, rows_of: Rows, quarantine_of: Quarantine
+) -> None:
+    """Some are only noticed as what cannot be decompressed."""
+    content = gzip.compress((repository / "data_512_2M" / "data_000000.tar").read_bytes(), mtime=0)
+
+    def flipped(seed: int) -> bytes:
+        bad = bytearray(content)
+        for place in random.Random(seed).sample(range(len(content) // 2, len(content) - 50), 20):
+            bad[place] ^= 255
+        return bytes(bad)
+
+    def fails(bad: bytes) -> bool:
+        try:
+            gzip.decompress(bad)
+        except zlib.error:
+            return True
+        except (OSError, EOFError):
+            pass
+        return False
+
+    bad = next(bad for seed in range(1000) if fails(bad := flipped(seed)))
+    (tmp_path / "a.tar.gz").write_bytes(bad)
+    get("webdataset", tmp_path / "a.tar.gz", tmp_path / "raw")
+    assert "archive damaged or cut short" in quarantine_of(tmp_path / "raw").values()
+    assert [row["captions"][0] for row in rows_of(tmp_path / "raw")][:2] == ["picture number 0", "picture number 1"]
+
+
 @pytest.mark.parametrize("damage", ["cut in a picture", "cut in a header", "header overwritten"])
 def test_damaged_tars(
     repository: Path, tmp_path: Path, rows_of: Rows, quarantine_of: Quarantine, damage: str, small_parts: None
@@ -184,6 +227,8 @@ def test_a_class_inside_of_json(tmp_path: Path, make_picture: Make, rows_of: Row
             writer.write_table(rows)
     get("parquet", tmp_path / f"a.{kind}", tmp_path / "raw", caption_column=["json.prompt"], label_column="json.label")
     assert [row["class_label"] for row in rows_of(tmp_path / "raw")] == [0, 1, 0, 1]
+    with pytest.raises(DataError, match=r"no example fit for use: no class number \(4\)"):
+        get("parquet", tmp_path / f"a.{kind}", tmp_path / "raw2", caption_column=["json.prompt"], label_column="json")
 
 
 def test_tables_that_are_no_use(tmp_path: Path, make_picture: Make) -> None:

@@ -107,6 +107,37 @@ def test_metadata(tmp_path: Path, make_picture: Make, rows_of: Rows, quarantine_
     )
 
 
+def test_metadata_that_no_file_can_have(
+    tmp_path: Path, make_picture: Make, rows_of: Rows, quarantine_of: Quarantine
+) -> None:
+    entries = [("0.png", 5), ("1.png", 3_000_000_000), ("2.png", -1), ("3.png", "cat"), ("n" * 300 + ".png", 1)]
+    lines = [json.dumps({"file_name": name, "text": "t", "label": label}) for name, label in entries]
+    lines.append('{"file_name": "\\ud800.png", "text": "t", "label": 1}')
+    files: dict[str, bytes | str] = {f"{i}.png": make_picture(i) for i in range(4)}
+    files["metadata.jsonl"] = "\n".join(lines)
+    get(write(tmp_path / "photos", files), tmp_path / "raw", label_column="label")
+    assert [(row["key"], row["class_label"]) for row in rows_of(tmp_path / "raw")] == [("0.png", 5), ("2.png", None)]
+    assert sorted(quarantine_of(tmp_path / "raw").values()) == [
+        "cannot be read", "file outside of the folder", "no class number", "no class number",
+    ]  # fmt: skip
+
+
+def test_what_is_no_picture_may_change(tmp_path: Path, make_picture: Make) -> None:
+    """The record of runs, say, which grows with each."""
+    photos = write(tmp_path / "photos", {"0.png": make_picture(0), "0.txt": "a picture"})
+    get(photos, tmp_path / "raw")
+    (photos / "physformer.toml").write_text("[[runs]]")
+    assert not fetch("folder", tmp_path / "raw", location=str(photos)).fresh
+
+
+def test_a_licence_that_is_said_later(tmp_path: Path, make_picture: Make) -> None:
+    photos = write(tmp_path / "photos", {"0.png": make_picture(0), "0.txt": "a picture"})
+    get(photos, tmp_path / "raw")
+    get(photos, tmp_path / "raw", license="CC0-1.0")
+    get(photos, tmp_path / "raw")
+    assert json.loads((tmp_path / "raw" / "manifest.json").read_text())["license"] == "CC0-1.0"
+
+
 def test_a_limit_looks_at_the_first_ones(tmp_path: Path, make_picture: Make, rows_of: Rows, small_parts: None) -> None:
     files: dict[str, bytes | str] = {}
     for i in range(9):
