@@ -106,11 +106,6 @@ def quantize(
     for option, refused, why in useless:
         if refused:
             raise ConfigError(f"{option} has no effect with {why}", hint="leave it out")
-    if dtype == "fp16" and bits == 8:
-        raise ConfigError(
-            "weights of 8 bits are scaled after the product, which leaves the range of fp16",
-            hint="--dtype fp32 or bf16",
-        )
     if output is None and not sensitivity:
         raise ConfigError("no folder to write to was named", hint="--output FOLDER, or --sensitivity to only measure")
     from physformer_core.checkpoints import find_checkpoint
@@ -129,6 +124,7 @@ def quantize(
             write_quantized,
         )
         from physformer_core.quantization.convert import quantize as make
+        from physformer_core.quantization.storage import check_dtype
 
         where = resolve_device(device)
         run.device = str(where)
@@ -151,6 +147,7 @@ def quantize(
         assert output is not None
         check_output(output)
         compute = resolve_dtype(dtype or "auto", torch.device(where))
+        check_dtype(bits, compute)
         with console.progress() as add:
             task = add("calibrating", len(settings.prompts or ()) or 8, unit="pictures")
             made = make(found, settings, device=where, on_picture=task.update)

@@ -61,6 +61,19 @@ class LayerScheme:
         return torch.float32 if self.bits == 8 else torch.bfloat16
 
 
+def check_dtype(bits: int, dtype: torch.dtype) -> None:
+    """Refuses what weights of so many bits cannot be computed in.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    if bits == 8 and dtype == torch.float16:
+        raise ConfigError(
+            "weights of 8 bits are scaled after the product, which leaves the range of fp16",
+            hint="--dtype fp32 or bf16",
+        )
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """Integers and scales of one layer.
@@ -95,11 +108,7 @@ class QuantizedWeight:
             ConfigError: torchao is missing or has another layout, or it is a number format that they do not fit.
         """
         columns = self.values.shape[1]
-        if self.scheme.bits == 8 and dtype == torch.float16:
-            raise ConfigError(
-                "weights of 8 bits are scaled after the product, which leaves the range of fp16",
-                hint="--dtype fp32 or bf16",
-            )
+        check_dtype(self.scheme.bits, dtype)
         if self.scheme.bits == 4:
             intx = torchao_module("quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor")
             made: Tensor = intx.IntxUnpackedToInt8Tensor(

@@ -15,7 +15,7 @@ from typing import Any
 
 from physformer_core.data.sources.base import PICTURE_SUFFIXES, Candidate, Origin, Part, Reader, cut
 from physformer_core.data.sources.files import fingerprint, printable, read_file
-from physformer_core.data.sources.rows import NO_CLASS_NUMBER, is_class_number
+from physformer_core.data.sources.rows import NO_CLASS_NUMBER, is_class_number, whole_number
 from physformer_core.errors import ConfigError, DataError
 
 CAPTION_STYLES = ("auto", "text", "metadata", "classes")
@@ -367,14 +367,11 @@ class MetadataReader(FolderReader):
             captions += [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
         label = None
         if self._label_column is not None:
-            said = table.get(self._label_column)
-            try:
-                label = int(said)  # type: ignore[arg-type]
-            except (TypeError, ValueError):
-                return _Row(line, None, problem=NO_CLASS_NUMBER, detail=str(said)[:100])
-            label = None if label == -1 else label  # not known
-            if label is not None and not is_class_number(label):
-                return _Row(line, None, problem=NO_CLASS_NUMBER, detail=str(said)[:100])
+            label = whole_number(table.get(self._label_column))
+            if label == -1:  # not known
+                label = None
+            elif not is_class_number(label):
+                return _Row(line, None, problem=NO_CLASS_NUMBER, detail=str(label)[:100])
         return _Row(line, file, tuple(captions), label)
 
     def _json_rows(self) -> Iterator[tuple[int, dict[str, Any] | str]]:

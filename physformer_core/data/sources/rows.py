@@ -88,6 +88,16 @@ def choose_columns(
     return Columns(image, tuple(captions), label, named)
 
 
+def whole_number(said: Any) -> Any:
+    """The number, if text says a whole one; else what was said."""
+    if isinstance(said, str | bytes):
+        try:
+            return int(said)
+        except ValueError:
+            return said.decode("utf-8", "replace") if isinstance(said, bytes) else said
+    return said
+
+
 def is_class_number(value: Any) -> bool:
     """Whether it is a class's number that a set can store."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31

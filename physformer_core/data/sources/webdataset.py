@@ -13,7 +13,7 @@ from typing import Any
 
 from physformer_core.data.sources.base import PICTURE_SUFFIXES, Candidate, Origin, Part, Reader, cut
 from physformer_core.data.sources.files import FileList, find_files, printable
-from physformer_core.data.sources.rows import CAPTION_NAMES, field, is_class_number, no_class_number
+from physformer_core.data.sources.rows import CAPTION_NAMES, field, is_class_number, no_class_number, whole_number
 from physformer_core.errors import DataError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -80,9 +80,7 @@ class _Fields:
             value = field(members, column)
             values = value if isinstance(value, list) else [value]
             captions += [one if isinstance(one, bytes) else str(one) for one in values if one is not None]
-        said = field(members, self.label or "cls")
-        if isinstance(said, bytes):
-            said = int(said) if said.strip().isdigit() else said.decode("utf-8", "replace")
+        said = whole_number(field(members, self.label or "cls"))
         return Candidate(
             key,
             path,

@@ -129,6 +129,10 @@ def test_class_numbers_of_tars(
     get("webdataset", write_tar(tmp_path / "a.tar", members), tmp_path / "raw", label_column="json.label")
     assert [row["class_label"] for row in rows_of(tmp_path / "raw")] == [3, None, None]
     assert list(quarantine_of(tmp_path / "raw").values()) == ["no class number"]
+    members = [("0.png", make_picture(0)), ("0.txt", b"t"), ("0.cls", b" 3\n"), ("1.png", make_picture(1))]
+    members += [("1.txt", b"t"), ("1.cls", b"-1"), ("2.png", make_picture(2)), ("2.txt", b"t"), ("2.cls", b"cat")]
+    get("webdataset", write_tar(tmp_path / "b.tar", members), tmp_path / "named", label_column="cls")
+    assert [row["class_label"] for row in rows_of(tmp_path / "named")] == [3, None]
 
 
 def test_a_compressed_tar_with_flipped_bytes(
