@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from physformer_cli import console, data_redraw
+from physformer_cli import console, data_look, data_redraw
+from physformer_cli.data_common import (
+    BucketsOption,
+    PresetOption,
+    WorkersOption,
+    manifest_hash,
+    numbers,
+    progress_of,
+    sizes_of_whole_pictures,
+    worker_count,
+)
 
 if TYPE_CHECKING:
     from physformer_core.data.preprocess import PreprocessConfig
@@ -22,27 +31,6 @@ _STAGES = {
     "captions": ("encoding captions", "captions"),
     "pictures": ("cutting pictures", "examples"),
 }
-
-WorkersOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Processes. They do not change the result.", show_default="one per processor"),
-]
-PresetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--preset",
-        "-p",
-        help="What is to be trained, or its file: whole pictures have its sizes.",
-        show_default="nano",
-    ),
-]
-BucketsOption = Annotated[
-    str | None,
-    typer.Option(
-        help="WIDTHxHEIGHT,... of level-0 pictures, in elements of the field.",
-        show_default="the preset's: 32x32 and six with that shorter side, up to 72x32",
-    ),
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -145,7 +133,7 @@ def fetch(
     with recorded_run("data fetch", record=not no_record, notify=console.say) as run:
         if seed is None and "seed" in found.options:
             seed = int(run.settings.get("seed", 0))
-        workers = _workers(workers, run.settings)
+        workers = worker_count(workers, run.settings)
         folder = output if output is not None else Path("data") / source
         options = {
             "limit": limit,
@@ -172,7 +160,7 @@ def fetch(
         run.replay_with("--output", "-o", output=folder, folder=True)
 
         with console.progress() as add:
-            show = _progress_of(add, {"": (f"fetching {source}", found.unit)})
+            show = progress_of(add, {"": (f"fetching {source}", found.unit)})
             fetched = sources.fetch(
                 source,
                 folder,
@@ -252,10 +240,10 @@ def preprocess(
     from physformer_core.data.preprocess import preprocess as run_preprocessing
     from physformer_core.project import recorded_run
 
-    chosen = tuple(_numbers("--levels", levels, int))
-    sizes = _sizes_of_whole_pictures(preset, buckets)
+    chosen = tuple(numbers("--levels", levels, int))
+    sizes = sizes_of_whole_pictures(preset, buckets)
     with recorded_run("data preprocess", record=not no_record, notify=console.say) as run:
-        workers = _workers(workers, run.settings)
+        workers = worker_count(workers, run.settings)
         config = PreprocessConfig(
             crops_per_example=crops_per_example,
             levels=chosen,
@@ -272,14 +260,14 @@ def preprocess(
         run.seeds = [seed]
         run.config = {**vars(config), "raw": raw, "output": output, "workers": workers, "overwrite": overwrite}
         run.config["device"] = device
-        run.data_sha256 = _manifest_sha256(raw)
+        run.data_sha256 = manifest_hash(raw)
         run.replay_with("--output", "-o", output=output, folder=True)
         with console.progress() as add:
             manifest = run_preprocessing(
                 raw,
                 output,
                 config=config,
-                progress=_progress_of(add, _STAGES),
+                progress=progress_of(add, _STAGES),
                 workers=workers,
                 overwrite=overwrite,
                 device=device,
@@ -316,123 +304,8 @@ def preprocess(
 
 
 data_app.command("redraw")(data_redraw.redraw)
-
-
-@data_app.command("show")
-def show(
-    folder: Annotated[Path, typer.Argument(metavar="SET", help="Folder of a raw or a preprocessed set.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG file to write.")] = Path("sheet.png"),
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures, spread over the set.")] = 64,
-    kind: Annotated[
-        str | None,
-        typer.Option(help='Of a preprocessed set: "base" (whole pictures) or "crop".', show_default="half of each"),
-    ] = None,
-    columns: Annotated[int, typer.Option(min=1, help="Pictures in a row.")] = 8,
-    size: Annotated[int, typer.Option(min=32, max=2048, help="Longer side of a picture in pixels.")] = 160,
-    as_json: console.JsonOption = False,
-    no_record: console.NoRecordOption = False,
-) -> None:
-    """Draw a contact sheet of a set, with captions: look at your data.
-
-    [bold]Examples[/bold]
-
-      physformer data show data/scenes --output scenes.png
-
-      physformer data show data/nano --kind crop --count 24 --columns 6 -o crops.png
-    """
-    from physformer_core.data import contact_sheet
-    from physformer_core.data.set_folder import RAW_FORMAT
-    from physformer_core.errors import ConfigError
-    from physformer_core.files import next_free_name
-    from physformer_core.output_names import check_picture
-    from physformer_core.project import recorded_run
-
-    if kind not in (None, "base", "crop"):
-        raise ConfigError(f"unknown kind {kind!r}", hint="base or crop")
-    check_picture("a sheet", "--output", output)
-    with recorded_run("data show", record=not no_record, notify=console.say) as run:
-        if kind is not None and contact_sheet.set_format(folder) == RAW_FORMAT:
-            raise ConfigError("--kind is for preprocessed sets", hint="a raw set has whole pictures only")
-        run.config = {"set": folder, "output": output, "count": count, "kind": kind, "columns": columns, "size": size}
-        run.data_sha256 = _manifest_sha256(folder)
-        run.replay_with("--output", "-o", output=output, folder=False)
-        contact_sheet.sheet_size(count, columns=columns, size=size)
-        shown = contact_sheet.exhibits(folder, count, kind=kind, size=size)
-        sheet = contact_sheet.draw_sheet(shown, columns=columns, size=size)
-        name = next_free_name(output)
-        contact_sheet.write_sheet(sheet, name)
-        run.add_output(name)
-    if as_json:
-        console.print_json({"output": str(name), "count": len(shown), "width": sheet.width, "height": sheet.height})
-    else:
-        console.say(f"wrote {name}: {len(shown)} pictures")
-
-
-@data_app.command("inspect")
-def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="RAW", help="Folder of a raw set, made by data fetch.")],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder of the page and the contact sheet.", show_default="RAW-inspection"),
-    ] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures on the contact sheet.")] = 64,
-    preset: PresetOption = None,
-    buckets: BucketsOption = None,
-    workers: WorkersOption = None,
-    as_json: console.JsonOption = False,
-    no_record: console.NoRecordOption = False,
-) -> None:
-    """Say what is in a raw set: sizes, buckets, captions, and pictures that look the same.
-
-    Writes an HTML page with a contact sheet beside it. Pictures that look the same have perceptual hashes that differ
-    in at most 3 of 64 bits.
-
-    [bold]Examples[/bold]
-
-      physformer data inspect data/photos
-
-      physformer data inspect data/photos --output report --count 120 --json
-    """
-    from physformer_core.data import contact_sheet, inspection
-    from physformer_core.project import recorded_run
-
-    sizes = _sizes_of_whole_pictures(preset, buckets)
-    with recorded_run("data inspect", record=not no_record, notify=console.say) as run:
-        workers = _workers(workers, run.settings)
-        target = output if output is not None else _beside(folder, "-inspection")
-        contact_sheet.sheet_size(count, columns=8)  # told before the set is gone through
-        run.config = {"set": folder, "output": target, "count": count, "buckets": sizes, "workers": workers}
-        run.data_sha256 = _manifest_sha256(folder)
-        run.replay_with("--output", "-o", output=target, folder=True)
-        with console.progress() as add:
-            show = _progress_of(add, {"": ("inspecting", "pictures")})
-            found = inspection.inspect_raw_set(
-                folder, buckets=sizes, workers=workers, progress=lambda done, total: show("", done, total)
-            )
-        sheet = contact_sheet.draw_sheet(contact_sheet.exhibits(folder, count), columns=8)
-        contact_sheet.write_sheet(sheet, target / "sheet.png")
-        inspection.write_page(found, target / "index.html", sheet="sheet.png")
-        run.add_output(target / "sheet.png")
-        run.add_output(target / "index.html")
-    if as_json:
-        console.print_json({"output": str(target), **found.as_dict()})
-        return
-    few, median, high, most = found.words
-    lines = [
-        ("examples", f"{found.count}"),
-        ("captions", f"{found.captions}, of {few} to {most} words (median {median}, 95 % up to {high})"),
-        ("without caption", f"{found.without_caption}"),
-        ("repeated captions", f"{found.repeated_captions_count}"),
-        ("look the same", f"{found.near_duplicates_count}"),
-        ("undecodable", f"{found.undecodable}"),
-        ("shorter side", f"{found.sides[0]} to {found.sides[2]} pixels (median {found.sides[1]})"),
-        *((f"bucket {name}", f"{many}, {cut:.1%} of the area cut off") for name, many, cut in found.buckets),
-        ("all buckets", f"{found.cut_area:.1%} of the area cut off"),
-        *((f"refused: {reason}", str(many)) for reason, many in found.refused.items()),
-        *((f"noted: {note}", str(many)) for note, many in found.notes.items()),
-    ]
-    console.print_table(("what", "how many"), lines)
-    console.say(f"wrote {target / 'index.html'}")
+data_app.command("show")(data_look.show)
+data_app.command("inspect")(data_look.inspect)
 
 
 @data_app.command("bench")
@@ -468,7 +341,7 @@ def bench(
     from physformer_core.data import throughput
     from physformer_core.project import recorded_run
 
-    chosen, counts = _numbers("--sides", sides, int), _numbers("--memory", memory, int)
+    chosen, counts = numbers("--sides", sides, int), numbers("--memory", memory, int)
     if not (chosen or counts or scenes or folder):
         from physformer_core.errors import ConfigError
 
@@ -486,11 +359,11 @@ def bench(
         with console.progress() as add:
             for one in make:
                 subject = one()
-                show = _progress_of(add, {"": (subject.name, "pictures")})
+                show = progress_of(add, {"": (subject.name, "pictures")})
                 rates.append(throughput.measure_rates(subject, progress=functools.partial(show, "")))
             peaks = []
             if counts:
-                show = _progress_of(add, {"": ("measuring memory", "stages")})
+                show = progress_of(add, {"": ("measuring memory", "stages")})
                 peaks = throughput.measure_memory(counts, progress=functools.partial(show, ""))
     if as_json:
         console.print_json({**throughput.as_dict(rates, peaks), "need": need})
@@ -516,87 +389,12 @@ def bench(
         )
 
 
-def _workers(given: int | None, settings: dict[str, Any]) -> int:
-    from physformer_core.errors import ConfigError
-
-    if given is None:
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        given = int(settings.get("workers", available))
-    if given < 1:
-        raise ConfigError(f"workers must be at least 1, not {given}", hint="physformer.toml, [data]")
-    return given
-
-
-def _beside(folder: Path, ending: str) -> Path:
-    """A name for what belongs to a folder, in the folder that holds it."""
-    whole = folder.resolve() if folder.name in ("", "..") else folder
-    return whole.with_name(f"{whole.name}{ending}")
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Any], *, hint: str | None = None) -> list[Any]:
-    from physformer_core.errors import ConfigError
-
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(f"{option} takes numbers with commas between them, not {text!r}", hint=hint) from None
-
-
-def _sizes_of_whole_pictures(preset: str | None, buckets: str | None) -> tuple[tuple[int, int], ...]:
-    """(height, width) of the whole pictures that are asked for, those of the preset nano if nothing is."""
-    from physformer_core.config import load_preset
-    from physformer_core.errors import ConfigError
-
-    if buckets is None:
-        return load_preset(preset or "nano").pyramid().training_sizes()
-    if preset is not None:
-        raise ConfigError("--preset has no effect beside --buckets", hint="both say which sizes whole pictures have")
-    return _buckets(buckets)
-
-
-_BUCKETS_HINT = "for example --buckets 64x64,96x48"
-
-
-def _buckets(text: str) -> tuple[tuple[int, int], ...]:
-    """(height, width) of each WIDTHxHEIGHT."""
-    sides = [_numbers("--buckets", part.replace("x", ","), int, hint=_BUCKETS_HINT) for part in text.split(",")]
-    if any(len(pair) != 2 for pair in sides):
-        from physformer_core.errors import ConfigError
-
-        raise ConfigError(f"--buckets takes WIDTHxHEIGHT with commas between them, not {text!r}", hint=_BUCKETS_HINT)
-    return tuple((height, width) for width, height in sides)
-
-
 def _level_weights(config: type[PreprocessConfig], levels: tuple[int, ...], text: str | None) -> tuple[float, ...]:
     """The weights given, or the default ones of the levels chosen."""
     if text is not None:
-        return tuple(_numbers("--level-weights", text, float))
+        return tuple(numbers("--level-weights", text, float))
     usual = dict(zip(config.levels, config.level_weights, strict=True))
     return tuple(usual.get(level, min(usual.values())) for level in levels)
-
-
-class _Show(Protocol):
-    def __call__(self, stage: str, done: int, total: int | None) -> None: ...
-
-
-def _progress_of(add: Callable[..., console.ProgressTask], stages: dict[str, tuple[str, str]]) -> _Show:
-    """Progress by stage: a bar appears when its stage begins, and does not count what an earlier run did as speed."""
-    tasks: dict[str, console.ProgressTask] = {}
-
-    def show(stage: str, done: int, total: int | None) -> None:
-        if stage not in tasks:
-            description, unit = stages[stage]
-            tasks[stage] = add(description, total, unit=unit, done=done if total is None or done < total else 0)
-        tasks[stage].update(done, total)
-
-    return show
-
-
-def _manifest_sha256(folder: Path) -> str | None:
-    from physformer_core.files import sha256_file
-
-    path = folder / "manifest.json"
-    return sha256_file(path) if path.is_file() else None
 
 
 def _add_set(run: Any, folder: Path, names: list[str]) -> str:
